@@ -1,0 +1,30 @@
+"""What a refined backbone is: pixels, registers, a vision transformer, and the artifact."""
+
+from backbone.artifact import (
+    Artifact,
+    Manifest,
+    RegisterBorder,
+    is_artifact,
+    load_artifact,
+    read_manifest,
+    save_artifact,
+)
+from backbone.encoder import DenseEncoder, Precision, has_bf16_matrix_units, open_model
+from backbone.vit import AttentionTaps, Backbone, DenseFeatures
+
+__all__ = [
+    "Artifact",
+    "AttentionTaps",
+    "Backbone",
+    "DenseEncoder",
+    "DenseFeatures",
+    "Manifest",
+    "Precision",
+    "RegisterBorder",
+    "has_bf16_matrix_units",
+    "is_artifact",
+    "load_artifact",
+    "open_model",
+    "read_manifest",
+    "save_artifact",
+]

@@ -1,0 +1,205 @@
+"""What is served: a backbone, its register border, a device and a precision.
+
+encoder = open_model("models/demo")
+features, = encoder.encode(images)       # uint8 [B, 3, h, w] -> clean tokens, border stripped
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from backbone.artifact import Manifest, RegisterBorder, is_artifact, load_artifact, weights_digest
+from backbone.errors import ImageSizeError
+from backbone.preprocess import normalize
+from backbone.registers import LearnableBorder, canvas_size, strip, surround
+from backbone.vit import Backbone, DenseFeatures
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "fp32", "bf16"]
+_MAX_CACHED_BORDERS = 32
+
+
+class DenseEncoder:
+    """Images in, dense features out; deterministic for a given batch, device and build.
+
+    Attributes:
+        backbone: The backbone, in evaluation mode on `device`.
+        manifest: The artifact's manifest; None for a backbone that was not refined.
+        border: Its register border; None for a backbone that was not refined.
+        digest: SHA-256 of the weights as stored.
+        precision: `fp32` or `bf16`.
+        native_size: (h, w) in pixels, the default size of images.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        digest: str,
+        manifest: Manifest | None = None,
+        learned_border: LearnableBorder | None = None,
+        device: torch.device | str = "cpu",
+        precision: Precision = "auto",
+    ) -> None:
+        self.device = torch.device(device)
+        self.precision = choose_precision(precision, self.device)
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.backbone = backbone.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.digest = digest
+        self.manifest = manifest
+        self.border: RegisterBorder | None = manifest.border if manifest else None
+        self._learned_border = learned_border
+        self._borders: OrderedDict[tuple[tuple[int, int], int], Tensor] = OrderedDict()
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        return self.backbone.native_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.backbone.patch_size
+
+    def register_width(self, height: int, width: int, asked: int | None = None) -> int:
+        """Border width in patches of an image of `height` x `width` pixels; 0 without a border.
+
+        Raises:
+            ImageSizeError: the image is not whole patches, or a width was asked for that is
+                negative or that a backbone without register border cannot have.
+        """
+        grid = self.backbone.grid(height, width)
+        if asked is None:
+            return self.border.width(grid) if self.border else 0
+        if asked < 0 or (asked > 0 and self.border is None):
+            raise ImageSizeError(
+                f"register width {asked} is not possible: "
+                + ("it is negative" if asked < 0 else "this backbone was not refined")
+            )
+        return asked
+
+    def num_tokens(self, height: int, width: int, register_width: int | None = None) -> int:
+        """Tokens that one image costs the backbone: canvas and prefix tokens."""
+        extra = 2 * self.register_width(height, width, register_width)
+        rows, columns = self.backbone.grid(height, width)
+        return (rows + extra) * (columns + extra) + self.backbone.num_prefix_tokens
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        images_B3hw: Tensor,
+        *,
+        layers: Sequence[int] = (-1,),
+        register_width: int | None = None,
+    ) -> list[DenseFeatures]:
+        """Dense features of uint8 images.
+
+        Args:
+            images_B3hw: uint8, sides whole patches.
+            layers: Block numbers; negative ones count from the end.
+            register_width: Border width in patches; default the artifact's rule. A wider border
+                than in training usually gives cleaner maps; 0 encodes without one.
+
+        Returns:
+            One `DenseFeatures` per layer with the border stripped: tokens of the image alone,
+            the border's in `registers`. In the encoder's precision.
+
+        Raises:
+            ImageSizeError: sizes that the patch grid or the border cannot have.
+            ValueError: a layer that the backbone does not have.
+        """
+        height, image_width = images_B3hw.shape[-2:]
+        width = self.register_width(height, image_width, register_width)
+        pixels = normalize(
+            images_B3hw.to(self.device),
+            mean=self.backbone.mean,
+            std=self.backbone.std,
+            dtype=self.dtype,
+        )
+        if width == 0:
+            return self.backbone.encode_layers(pixels, layers)
+        p = self.patch_size
+        border = self._border((height, image_width), width)
+        canvas = surround(pixels, border, width=width, patch_size=p)
+        grid = (height // p, image_width // p)
+        stripped = []
+        for features in self.backbone.encode_layers(canvas, layers):
+            image, registers = strip(features.tokens, grid, width)
+            stripped.append(replace(features, tokens=image, grid=grid, registers=registers))
+        return stripped
+
+    def _border(self, image: tuple[int, int], width: int) -> Tensor:
+        canvas = canvas_size(image, width, self.patch_size)
+        key = (canvas, width)
+        if key not in self._borders:
+            assert self.border is not None  # register_width is 0 without a border
+            pixels = self.border.pixels(canvas, width, self._learned_border)
+            self._borders[key] = pixels.to(self.device, self.dtype)
+            if len(self._borders) > _MAX_CACHED_BORDERS:
+                self._borders.popitem(last=False)
+        self._borders.move_to_end(key)
+        return self._borders[key]
+
+
+def open_model(
+    spec: str | Path,
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    device: torch.device | str = "cpu",
+    precision: Precision = "auto",
+) -> DenseEncoder:
+    """Open an artifact, or any backbone that `Backbone.load` reads, for encoding.
+
+    Raises:
+        ModelError: see `load_artifact` and `Backbone.load`.
+    """
+    started = time.monotonic()
+    folder = str(spec).removeprefix("local-dir:")
+    if is_artifact(folder) and weights is None and not random_weights:
+        artifact = load_artifact(folder)
+        encoder = DenseEncoder(
+            artifact.backbone,
+            digest=artifact.manifest.digest,
+            manifest=artifact.manifest,
+            learned_border=artifact.learned_border,
+            device=device,
+            precision=precision,
+        )
+    else:
+        backbone = Backbone.load(spec, weights=weights, random_weights=random_weights)
+        digest = weights_digest(backbone.vit.state_dict())
+        encoder = DenseEncoder(backbone, digest=digest, device=device, precision=precision)
+        logger.warning("%s is not an artifact: features are raw, without register border", spec)
+    logger.info(
+        "loaded %s (%s, digest %s) on %s in %s, %.1f s",
+        spec,
+        encoder.backbone.name,
+        encoder.digest[:12],
+        encoder.device,
+        encoder.precision,
+        time.monotonic() - started,
+    )
+    return encoder
+
+
+def choose_precision(asked: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """`auto` is bf16 where the hardware has matrix units for it, fp32 elsewhere."""
+    if asked != "auto":
+        return asked
+    return "bf16" if has_bf16_matrix_units(device) else "fp32"
+
+
+def has_bf16_matrix_units(device: torch.device) -> bool:
+    """Tensor cores of CUDA compute capability 8.0 and later, or AMX on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
