@@ -32,7 +32,7 @@ from backbone.errors import (
 
 # Pillow opens some 40 formats; each is a parser for hostile bytes. These are the ones that
 # photographs come in.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (
     ("AVIF",) if features.check("avif") else ()
 )
 _DEFAULT_MAX_PIXELS = 40_000_000
