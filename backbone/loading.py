@@ -104,14 +104,12 @@ def _dynamic_size(name: str, path: Path | None) -> dict[str, Any]:
 
 def _is_about_reach(error: Exception) -> bool:
     """Whether loading failed because the hub, or the cached copy of it, was out of reach."""
-    import httpx
     from huggingface_hub import errors as hub
 
     kinds = (
         hub.HfHubHTTPError,
         hub.LocalEntryNotFoundError,
         hub.OfflineModeIsEnabled,
-        httpx.HTTPError,
         ConnectionError,
         TimeoutError,
     )

@@ -1,0 +1,58 @@
+# Every target creates the virtual environment and installs what is locked, when that is needed.
+#   make serve [MODEL=models/demo] [PORT=8000]     the feature server
+#   make test                                      all tests
+#   make check                                     lint, format, types
+#   make train-demo IMAGES=DIR [OUTPUT=runs/demo]  refine the small pre-trained backbone that ships
+#   make lock                                      renew requirements.lock
+#   make clean                                     remove the environment and caches
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3 2>/dev/null))
+MODEL ?= models/demo
+HOST ?= 127.0.0.1
+PORT ?= 8000
+OUTPUT ?= runs/demo
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-gpu check train-demo lock clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else "Python %d.%d is not supported: give 3.11 or 3.12 as PYTHON=" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+serve: $(INSTALLED)
+	$(BIN)/python -m service --model $(MODEL) --host $(HOST) --port $(PORT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train-demo: $(INSTALLED)
+	@test -n "$(IMAGES)" || { echo "give a folder of photographs: make train-demo IMAGES=DIR" >&2; exit 2; }
+	$(BIN)/python -m trainer --recipe demo --images "$(IMAGES)" --output "$(OUTPUT)"
+
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	build/uv/bin/uv pip compile pyproject.toml --extra dev --universal --upgrade --generate-hashes \
+		--no-header --no-annotate --python-version 3.11 --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
