@@ -7,7 +7,10 @@
 #   make clean                                     remove the environment and caches
 
 VENV ?= .venv
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3 2>/dev/null))
+# The first interpreter that runs (a version manager's shim may exist and not run) and is supported.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; \
+	done)
 MODEL ?= models/demo
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -23,7 +26,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else "Python %d.%d is not supported: give 3.11 or 3.12 as PYTHON=" % v)'
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 here: install one, or give it as PYTHON=" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
