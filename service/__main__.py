@@ -1,0 +1,50 @@
+"""python -m service --model models/demo [--host --port ...]; `--help` lists every setting."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from service.settings import Settings, SettingsError, parse_arguments
+
+logger = logging.getLogger("service")
+
+_USAGE_STATUS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service until a signal; the exit status is explained in `--help`."""
+    try:
+        invocation = parse_arguments(sys.argv[1:] if arguments is None else arguments, os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return _USAGE_STATUS
+    if invocation.print_config:
+        sys.stdout.write(invocation.settings.model_dump_json(indent=2) + "\n")
+        return 0
+    logging.basicConfig(
+        level=invocation.settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    return _serve(invocation.settings)
+
+
+def _serve(settings: Settings) -> int:
+    # Here, so that --help and a mistyped flag answer without loading torch.
+    from backbone.errors import RefineryError
+    from service.app import create_app
+    from service.server import DrainingServer
+
+    app = create_app(settings)
+    server = DrainingServer(app, settings)
+    server.run()
+    failure = app.state.service.failure
+    if isinstance(failure, RefineryError):
+        sys.stderr.write(f"error: {failure}\n")
+        return _USAGE_STATUS
+    return server.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

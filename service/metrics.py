@@ -1,0 +1,86 @@
+"""Prometheus metrics, all with the prefix `refinery_`, base units and bounded labels."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+Stage = Literal["read", "decode", "queue", "forward", "encode"]
+STAGES: tuple[Stage, ...] = ("read", "decode", "queue", "forward", "encode")
+
+# Steps of about 1.6 from 1 ms, where a small model answers, to 30 s, where clients give up.
+_SECONDS = (
+    0.001, 0.0016, 0.0025, 0.004, 0.0063, 0.01, 0.016, 0.025, 0.04, 0.063, 0.1, 0.15, 0.25, 0.4,
+    0.63, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0, 30.0,
+)  # fmt: skip
+_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_TOKENS = tuple(256 * 2**power for power in range(12))
+
+
+class Metrics:
+    """The metrics of one service, in a registry of its own."""
+
+    def __init__(self) -> None:
+        # Without it every series has a twin `_created` that says when it began.
+        disable_created_metrics()
+        self._registry = CollectorRegistry()
+        ProcessCollector(namespace="refinery", registry=self._registry)
+        self.requests = self._counter("requests", "Requests answered", ("route", "status"))
+        self.errors = self._counter("errors", "Error answers", ("code",))
+        self.abandoned = self._counter("abandoned_requests", "Requests whose client hung up")
+        self.images = self._counter("images", "Images encoded")
+        self.cancelled_images = self._counter(
+            "cancelled_images", "Images taken out of the queue because their request ended"
+        )
+        self.batch_retries = self._counter(
+            "batch_retries", "Batches that failed and were tried again image by image"
+        )
+        self.in_flight = self._gauge("requests_in_flight", "Feature requests being worked on")
+        self.queue_images = self._gauge("queue_images", "Images waiting for an engine")
+        self.queue_tokens = self._gauge("queue_tokens", "Tokens waiting for an engine")
+        self.ready = self._gauge("ready", "1 when requests are taken")
+        self.request_seconds = self._histogram(
+            "request_seconds",
+            "Feature request, headers to end of answer",
+            _SECONDS,
+        )
+        self.batch_images = self._histogram("batch_images", "Images in a batch", _IMAGES)
+        self.batch_tokens = self._histogram("batch_tokens", "Tokens in a batch", _TOKENS)
+        self.body_bytes = self._counter("received_bytes", "Bytes of request bodies read")
+        self._stages = Histogram(
+            "refinery_stage_seconds",
+            "Time of a feature request in one stage",
+            ("stage",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.stage_seconds: Mapping[Stage, Histogram] = {
+            stage: self._stages.labels(stage) for stage in STAGES
+        }
+        self._model = self._gauge(
+            "model_info", "Always 1; what is served", ("digest", "backbone", "precision")
+        )
+
+    def show_model(self, *, digest: str, backbone: str, precision: str) -> None:
+        self._model.labels(digest, backbone, precision).set(1)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"refinery_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"refinery_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"refinery_{name}", text, buckets=buckets, registry=self._registry)

@@ -1,0 +1,210 @@
+"""What a request may ask for and what `/info` says."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import InvalidOptionError, ServiceError, UnknownOptionError, nearest
+
+Dtype = Literal["float16", "float32"]
+Layout = Literal["grid", "tokens", "nchw"]
+
+_LISTS = ("size", "layers")
+_TRUE, _FALSE = ("true", "1"), ("false", "0")
+
+
+class FeatureOptions(BaseModel):
+    """Options of `POST /features`: query parameters, or the JSON object `options` of the body."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    size: Annotated[int, Field(ge=1)] | tuple[int, int] | None = Field(
+        None,
+        description="pixels that images are resized to: `[height, width]`, whole patches, or the "
+        "longest side; default the model's native size",
+    )
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        (-1,), description="block numbers; negative ones count from the end"
+    )
+    dtype: Dtype = Field("float16", description="number format of the features")
+    layout: Layout = Field(
+        "grid", description="shape of an image's features: [h, w, C], [h*w, C] or [1, C, h, w]"
+    )
+    normalize: bool = Field(False, description="scale every token to unit length")
+
+
+def parse_options(
+    query: Iterable[tuple[str, str]], body: Mapping[str, Any] | None = None
+) -> FeatureOptions:
+    """Options from query parameters and from the body.
+
+    Raises:
+        UnknownOptionError: a name that is no option.
+        InvalidOptionError: a value that is not possible, or an option given twice.
+    """
+    values: dict[str, Any] = {}
+    for name, text in query:
+        if name in values and name == "layers" and isinstance(values[name], list):
+            values[name] += _as_list(text)
+        elif name in values:
+            raise InvalidOptionError(f"option {name!r} is given twice; give it once")
+        else:
+            values[name] = _from_text(name, text)
+    for name, value in (body or {}).items():
+        if name in values:
+            raise InvalidOptionError(
+                f"option {name!r} is given both in the query and in the body; give it once"
+            )
+        values[name] = value
+    if not values:
+        return _DEFAULT_OPTIONS
+    try:
+        # Through JSON, so that strict validation still takes a list for a tuple.
+        return FeatureOptions.model_validate_json(orjson.dumps(values))
+    except (ValidationError, orjson.JSONEncodeError) as error:
+        raise _option_error(error) from None
+
+
+def _from_text(name: str, text: str) -> object:
+    """A query parameter's value; what cannot be read stays text, and validation says so."""
+    if name in _LISTS:
+        numbers = _as_list(text)
+        return numbers[0] if name == "size" and len(numbers) == 1 and "[" not in text else numbers
+    if name == "normalize" and text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    return text
+
+
+def _as_list(text: str) -> list[int | str]:
+    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+    return [int(part) if _is_integer(part.strip()) else part.strip() for part in parts]
+
+
+def _is_integer(text: str) -> bool:
+    # At most nine digits: beyond that no option has a meaning, and int() has a cost.
+    return text.removeprefix("-").isdecimal() and text.isascii() and len(text) <= 10
+
+
+def _option_error(error: ValidationError | orjson.JSONEncodeError) -> ServiceError:
+    if not isinstance(error, ValidationError):
+        return InvalidOptionError(f"the options cannot be read: {error}")
+    item = error.errors()[0]
+    name = str(item["loc"][0])
+    if item["type"] == "extra_forbidden":
+        hint = nearest(name, FeatureOptions.model_fields)
+        return UnknownOptionError(f"unknown option {name!r}: {hint}")
+    shown = repr(item["input"])[:80]
+    choices = get_args(FeatureOptions.model_fields[name].annotation)
+    if item["type"] == "literal_error":
+        return InvalidOptionError(f"option {name!r} is {shown}: {nearest(shown, choices)}")
+    wanted = FeatureOptions.model_fields[name].description
+    return InvalidOptionError(f"option {name!r} is {shown}: {item['msg']}; wanted: {wanted}")
+
+
+_DEFAULT_OPTIONS = FeatureOptions()
+
+
+def describe_request(image_types: Sequence[str]) -> dict[str, Any]:
+    """OpenAPI of the parameters and the body, which the route of /features reads by hand."""
+    options = FeatureOptions.model_json_schema()
+    image = {"type": "string", "format": "binary"}
+    encoded = {
+        "type": "object",
+        "required": ["data"],
+        "additionalProperties": False,
+        "properties": {"data": {"type": "string", "contentEncoding": "base64"}},
+    }
+
+    def several(item: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "additionalProperties": False,
+                "properties": {
+                    "images": {"type": "array", "items": item, "minItems": 1},
+                    "options": options,
+                },
+            }
+        }
+
+    content: dict[str, Any] = {media: {"schema": image} for media in image_types}
+    content["multipart/form-data"] = several(image)
+    content["application/json"] = several(encoded)
+    return {
+        "parameters": [
+            {
+                "name": name,
+                "in": "query",
+                "required": False,
+                "description": schema["description"],
+                "schema": schema,
+                "explode": False,
+            }
+            for name, schema in options["properties"].items()
+        ],
+        "requestBody": {"required": True, "content": content},
+    }
+
+
+class ModelInfo(BaseModel):
+    """The model that is served."""
+
+    name: str = Field(description="what --model said")
+    backbone: str
+    digest: str = Field(description="SHA-256 of the weights")
+    is_refined: bool = Field(description="false: a raw backbone, served without register border")
+    patch_size: int
+    embed_dim: int
+    num_layers: int
+    native_size: tuple[int, int] = Field(description="default size, (height, width) in pixels")
+    register_width: int = Field(description="border in patches at the native size")
+    precision: str = Field(description="fp32 or bf16, what --precision came to")
+    devices: list[str]
+
+
+class LimitsInfo(BaseModel):
+    """What a request may not exceed."""
+
+    max_body_bytes: int
+    max_images: int
+    max_image_pixels: int
+    max_image_tokens: int
+    batch_tokens: int
+    max_json_values: int
+
+
+class Tolerance(BaseModel):
+    """How far an image's features may depend on the images that share its batch.
+
+    Relative error of a token: Euclidean distance over length. Asked again under the same load
+    of one, an image gets the same bytes.
+    """
+
+    max_relative_error: float = Field(description="bound on the relative error of any token")
+    min_cosine: float = Field(description="bound on the cosine of any token")
+    measured_relative_error: float = Field(description="the largest one met in warm-up")
+    measured_cosine: float = Field(description="the smallest one met in warm-up")
+
+
+class Info(BaseModel):
+    """Answer of `GET /info`."""
+
+    version: str
+    model: ModelInfo
+    limits: LimitsInfo
+    image_formats: list[str]
+    request_types: list[str]
+    response_types: list[str]
+    dtypes: list[str]
+    layouts: list[str]
+    tolerance: Tolerance
+    versions: dict[str, str]
+
+
+class Health(BaseModel):
+    """Answer of the probes."""
+
+    status: Literal["ok"] = "ok"

@@ -1,0 +1,84 @@
+"""First forwards of a model, before the service calls itself ready.
+
+They pay for lazy initialisation, prove that the model runs, and measure how much an image's
+features depend on the company it is encoded in.
+
+Dimension key: B = images, N = patch tokens, C = channels, h, w = image in pixels.
+"""
+
+import logging
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backbone import DenseEncoder
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 4
+# Largest relative error of a token (distance over length) between an image alone and the same
+# image in a batch: matrix products of other shapes add up in another order. Set above what was
+# measured, see docs/performance.md.
+_MAX_RELATIVE_ERROR = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+class WarmUp(NamedTuple):
+    """What the warm-up found."""
+
+    max_relative_error: float  # the bound that is promised
+    measured_relative_error: float
+    measured_cosine: float
+
+    @property
+    def min_cosine(self) -> float:
+        """What the bound on the relative error means for the cosine."""
+        return math.sqrt(1.0 - self.max_relative_error**2)
+
+
+def warm_up(encoder: DenseEncoder) -> WarmUp:
+    """Encode images of the native size, alone and together.
+
+    Raises:
+        RuntimeError: the model gives values that are not finite.
+    """
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    height, width = encoder.native_size
+    images_B3hw = torch.randint(
+        0, 256, (_BATCH, 3, height, width), generator=generator, dtype=torch.uint8
+    )
+    together_BNC = encoder.encode(images_B3hw)[0].tokens.float().cpu()
+    alone_BNC = torch.cat(
+        [encoder.encode(image[None])[0].tokens.float().cpu() for image in images_B3hw]
+    )
+    if not bool(torch.isfinite(alone_BNC).all()):
+        raise RuntimeError(
+            "the model gives values that are not finite; try --precision fp32, or check its weights"
+        )
+    error, cosine = _difference(together_BNC, alone_BNC)
+    bound = _MAX_RELATIVE_ERROR[encoder.precision]
+    if error > bound:
+        logger.warning(
+            "features depend on their batch: relative error %.2g, more than the %.2g that /info "
+            "promises",
+            error,
+            bound,
+        )
+    logger.info(
+        "warmed up at %dx%d px in %.1f s: relative error alone or in a batch %.2g",
+        height,
+        width,
+        time.perf_counter() - started,
+        error,
+    )
+    return WarmUp(bound, error, cosine)
+
+
+def _difference(left_BNC: Tensor, right_BNC: Tensor) -> tuple[float, float]:
+    """Largest relative error and smallest cosine over all tokens."""
+    error_BN = (left_BNC - right_BNC).norm(dim=-1) / right_BNC.norm(dim=-1)
+    cosine_BN = torch.nn.functional.cosine_similarity(left_BNC, right_BNC, dim=-1)
+    return float(error_BN.max()), float(cosine_BN.min())
