@@ -1,0 +1,156 @@
+"""How many tokens of an image are spurious, by kind; no labels needed.
+
+Each image is encoded twice, as it is served (a refined backbone with its register border): alone,
+and joined with a strip of the reference image. A token is
+
+* a fixed pattern (FP) when it resembles a token of the reference image encoded alone;
+* a global proxy (GP) when it resembles a token of the strip that shares its canvas;
+* an attention hijackee (AH) when it gets little attention from the image's tokens.
+
+"Resembles" is a cosine above a threshold. Two backbones are comparable only under the same
+thresholds: take them from the first one (`Thresholds.of_scores`) and use them for both.
+
+Dimension key: B = images, N = tokens of an image, S = tokens of unrelated content, C = channels.
+
+Source: UniRefiner, arXiv:2605.19622, the three kinds and their tests.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from backbone import DenseEncoder, DenseFeatures
+from backbone.registers import register_mask
+from kernels import Flow
+from trainer.channels import unit_tokens
+from trainer.crops import Side, compose
+from trainer.filters import attention_hijack, crop_inflow, max_cosine_scores
+
+
+class SpuriousScores(NamedTuple):
+    """Of every token of every image, one after the other."""
+
+    fixed_pattern: Tensor  # [tokens], best cosine with the reference image's tokens
+    global_proxy: Tensor  # [tokens], best cosine with the strip's tokens
+    is_hijacked: Tensor  # bool [tokens]; all False without attention layers
+
+
+class Thresholds(NamedTuple):
+    """Cosines above which a token counts as spurious."""
+
+    fixed_pattern: float = 0.5
+    global_proxy: float = 0.5
+
+    @classmethod
+    def of_scores(cls, scores: SpuriousScores, sigma: float) -> "Thresholds":
+        """Mean plus `sigma` standard deviations of a backbone's own scores."""
+        found = (s.mean() + sigma * s.std() for s in (scores.fixed_pattern, scores.global_proxy))
+        return cls(*(float(threshold) for threshold in found))
+
+
+class SpuriousShares(NamedTuple):
+    """Shares of the images' tokens, 0 to 1."""
+
+    fixed_pattern: float
+    global_proxy: float
+    fp_gp: float
+    """Fixed pattern or global proxy."""
+    hijacked: float
+    clean: float
+    """None of the three."""
+
+
+def spurious_scores(
+    encoder: DenseEncoder,
+    images: Iterable[Tensor],
+    reference: Tensor,
+    *,
+    channels: Sequence[int] = (),
+    attention_layers: Sequence[int] = (),
+    flow: Flow = "paper",
+    hijack_threshold: float = -0.5,
+    strip_share: float = 0.35,
+) -> SpuriousScores:
+    """Score every token of some images.
+
+    Args:
+        encoder: The backbone as it is served.
+        images: uint8 [3, h, w], whole patches, all of one size.
+        reference: The reference image, uint8, at the same size.
+        channels: Channels to zero before cosines; a refined backbone's manifest has them.
+        attention_layers: Blocks whose attention is tapped for AH; none skips the test.
+        flow: See `kernels.attention_inflow`.
+        hijack_threshold: Standard deviations, see `trainer.filters.attention_hijack`.
+        strip_share: Width of the strip over the image's.
+    """
+    index = torch.tensor(list(channels), device=encoder.device) if channels else None
+
+    def unit(features: DenseFeatures) -> Tensor:
+        return unit_tokens(features.tokens, index)
+
+    reference_13hw = reference[None]
+    reference_1SC = unit(encoder.encode(reference_13hw)[0])
+    sides = get_args(Side)
+    fixed, proxies, hijacked = [], [], []
+    for number, image in enumerate(images):
+        image_13hw = image[None]
+        with encoder.backbone.tap_attention(attention_layers) as taps:
+            alone = encoder.encode(image_13hw)[0]
+        fixed.append(max_cosine_scores(unit(alone), reference_1SC))
+        side = sides[number % len(sides)]  # every side as often, and the same for every backbone
+        composite = compose(
+            image_13hw,
+            reference_13hw,
+            side=side,
+            share=strip_share,
+            patch_size=encoder.patch_size,
+        )
+        joined_1TC = unit(encoder.encode(composite.pixels)[0])
+        is_crop = composite.is_crop.to(joined_1TC.device)
+        proxies.append(max_cosine_scores(joined_1TC[:, is_crop], joined_1TC[:, ~is_crop]))
+        if attention_layers:
+            inflow_1N = crop_inflow(
+                [taps[layer] for layer in taps], _image_positions(encoder, alone), variant=flow
+            )
+            kept_1N = torch.ones_like(inflow_1N, dtype=torch.bool)
+            clean_1N = attention_hijack(inflow_1N, kept_1N, threshold=hijack_threshold)
+            hijacked.append(~clean_1N)
+    if not fixed:
+        raise ValueError("no images to score")
+    fixed_pattern = torch.cat(fixed).flatten().cpu()
+    return SpuriousScores(
+        fixed_pattern,
+        torch.cat(proxies).flatten().cpu(),
+        torch.cat(hijacked).flatten().cpu()
+        if hijacked
+        else torch.zeros_like(fixed_pattern, dtype=torch.bool),
+    )
+
+
+def spurious_shares(scores: SpuriousScores, thresholds: Thresholds) -> SpuriousShares:
+    """Shares of tokens over the thresholds."""
+    is_fixed = scores.fixed_pattern > thresholds.fixed_pattern
+    is_proxy = scores.global_proxy > thresholds.global_proxy
+    is_fp_gp = is_fixed | is_proxy
+
+    def share(mask: Tensor) -> float:
+        return float(mask.float().mean())
+
+    return SpuriousShares(
+        fixed_pattern=share(is_fixed),
+        global_proxy=share(is_proxy),
+        fp_gp=share(is_fp_gp),
+        hijacked=share(scores.is_hijacked),
+        clean=share(~is_fp_gp & ~scores.is_hijacked),
+    )
+
+
+def _image_positions(encoder: DenseEncoder, features: DenseFeatures) -> Tensor:
+    """Where the image's tokens are among all tokens of the backbone's forward."""
+    h, w = features.grid
+    p = features.patch_size
+    width = encoder.register_width(h * p, w * p)
+    is_image = ~register_mask(features.grid, width, encoder.device)
+    return encoder.backbone.num_prefix_tokens + is_image.nonzero().flatten()
