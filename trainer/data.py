@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +130,7 @@ def batches(
     seed: int,
     bad: BadImages,
     position: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Endless batches of `section.batch_size` images from `position` on, decoded ahead by threads.
 
     Raises:

@@ -78,6 +78,7 @@ class Adapter:
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format."""
         self._model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a card, not filled in
 
     def merge(self) -> None:
         """Add the adapter to the weights, in place, and remove it from `backbone.vit`."""

@@ -1,0 +1,181 @@
+"""python -m trainer: images and a recipe in, a refined backbone out."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from backbone.errors import RefineryError
+from trainer.config import load_recipe, recipe_names
+from trainer.errors import TrainerError
+from trainer.loop import Interrupted, StopRequest
+from trainer.run import Summary, refine
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
+
+_EPILOG = f"""\
+recipes: {", ".join(recipe_names())}
+
+examples:
+  python -m trainer --images photos --output runs/siglip
+  python -m trainer --recipe release --images photos --output runs/dino --device cuda:0 \\
+      --backbone vit_base_patch14_dinov2.lvd142m --set registers.r_reg=37
+  python -m trainer --recipe paper --set loss.lambda_uni=0 --print-recipe
+  python -m trainer --images photos --output runs/siglip --resume
+
+The artifact is OUTPUT/refined: serve it with python -m service --model OUTPUT/refined.
+Exit codes: 0 done, 2 a mistake that the message names, 75 stopped by a signal with a checkpoint
+written (go on with --resume).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    _set_up_logging(console)
+    try:
+        recipe = load_recipe(options.recipe, _settings(options))
+        if options.print_recipe:
+            sys.stdout.write(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+            return 0
+        if options.images is None or options.output is None:
+            parser.error("--images and --output are needed")
+        with StopRequest() as stop:
+            summary = refine(
+                recipe,
+                options.images,
+                options.output,
+                device=_device(options.device),
+                stop=stop,
+                console=console,
+                resume=options.resume,
+                skip_bad_images=options.skip_bad_images,
+            )
+    except Interrupted as interrupted:
+        console.print(f"{interrupted}; continue with the same command and --resume")
+        return EXIT_INTERRUPTED if interrupted.signum == signal.SIGTERM else 130
+    except RefineryError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return EXIT_USER_ERROR
+    except torch.OutOfMemoryError as error:
+        console.print(
+            f"[bold red]error:[/] out of memory: {escape(str(error).splitlines()[0])}\n"
+            "lower data.batch_size and raise data.accumulate by the same factor, or set "
+            "run.gradient_checkpointing=true; go on with --resume only under the same recipe",
+            soft_wrap=True,
+        )
+        return EXIT_USER_ERROR
+    _print_summary(summary)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Refine a pre-trained vision transformer: a LoRA adapter is trained on your "
+        "images so that dense features lose their spurious tokens, and merged into the weights.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--recipe", default="paper", metavar="NAME|FILE", help="recipe (default: paper)")
+    add("--images", type=Path, metavar="DIR", help="folder of images, searched recursively")
+    add("--output", type=Path, metavar="DIR", help="folder of the run, made if missing")
+    add("--backbone", metavar="NAME|PATH", help="timm name or model folder; sets backbone.name")
+    add("--weights", metavar="FILE", help="checkpoint file for it; sets backbone.weights")
+    add("--random-weights", action="store_true", help="train on random weights, as a trial")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a value of the recipe; may be repeated",
+    )
+    add("--resume", action="store_true", help="continue the run in --output where it stopped")
+    add("--skip-bad-images", action="store_true", help="skip unreadable images instead of stopping")
+    add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if any")
+    add("--print-recipe", action="store_true", help="print the recipe as JSON and exit")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> list[str]:
+    settings: list[str] = list(options.set)
+    if options.backbone is not None:
+        settings.append(f"backbone.name={json.dumps(options.backbone)}")
+    if options.weights is not None:
+        settings.append(f"backbone.weights={json.dumps(options.weights)}")
+    if options.random_weights:
+        settings.append("backbone.random_weights=true")
+    return settings
+
+
+def _device(name: str) -> torch.device:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainerError(
+            "this version trains in one process; start it without torchrun, on one device"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TrainerError(f"no device is called {name!r}; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise TrainerError(f"device {name} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TrainerError(
+            f"device {name} is not here: {torch.cuda.device_count()} CUDA devices are visible"
+        )
+    return device
+
+
+def _set_up_logging(console: Console) -> None:
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s", "%X"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in ("trainer", "backbone"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+def _print_summary(summary: Summary) -> None:
+    table = Table(show_header=False, box=None)
+    speed = summary.metrics.get("images_per_second", float("nan"))
+    rows = {
+        "artifact": str(summary.artifact),
+        "steps": f"{summary.num_steps} in {summary.seconds:.0f} s ({summary.precision})",
+        "images": f"{summary.num_images}, {summary.num_skipped} skipped as unreadable",
+        "speed": f"{speed:.1f} images/s, {summary.memory_gib:.1f} GiB at most",
+        "channels masked": ", ".join(map(str, summary.channels)) or "none",
+    }
+    for name, value in summary.metrics.items():
+        if name in ("loss", "alignment") or name.startswith("clean"):
+            rows[name.replace("_", " ")] = f"{value:.3f}"
+    rows["serve it"] = f"python -m service --model {summary.artifact}"
+    for name, text in rows.items():
+        table.add_row(name, escape(text))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
