@@ -1,7 +1,14 @@
 """What several tests need: tiny backbones in the published formats, images, data folders."""
 
+import contextlib
 import io
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ from PIL import Image
 
 from backbone import Backbone, RegisterBorder, save_artifact
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 DATA = Path(os.environ.get("VIT_REFINERY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -59,3 +67,33 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def running_server(log: Path, *arguments: str) -> Iterator[str]:
+    """`python -m service` as a process on a free port; yields its URL once it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "service", "--port", str(port), *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not _answers(f"{url}/readyz"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
