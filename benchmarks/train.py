@@ -71,6 +71,7 @@ def run_once(arguments: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     process = psutil.Process()
     before = process.memory_info().rss
     device = torch.device(arguments.device)
+    torch.manual_seed(0)
     recipe: Recipe = load_recipe(arguments.recipe)
     backbone = Backbone.load(arguments.backbone, random_weights=True)
     reference = torch.randint(0, 256, (3, arguments.size, arguments.size), dtype=torch.uint8)
@@ -103,7 +104,7 @@ def run_once(arguments: argparse.Namespace, variant: Variant) -> dict[str, Any]:
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(output.loss))  # waits for the device
+        losses.append(output.loss.item())  # waits for the device
         if step >= arguments.warmup:
             seconds.append(time.perf_counter() - started)
     if device.type == "cuda":
