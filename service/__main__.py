@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.captureWarnings(True)  # odd images make Pillow warn
     return _serve(invocation.settings)
 
 

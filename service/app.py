@@ -13,6 +13,7 @@ from backbone.preprocess import supported_formats
 from service import errors, features, schemas, wire
 from service.bodies import REQUEST_TYPES
 from service.features import ServiceDep
+from service.hints import nearest
 from service.lifecycle import FeatureService, OpenEncoder
 from service.middleware import RequestMiddleware, error_response
 from service.settings import Settings
@@ -81,7 +82,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         )
     elif error.status_code == errors.NotFoundError.status:
         paths = request.app.openapi()["paths"]
-        known = errors.NotFoundError(f"no path {path[:80]!r}; {errors.nearest(path, paths)}")
+        known = errors.NotFoundError(f"no path {path[:80]!r}; {nearest(path, paths)}")
     else:
         known = errors.InternalError(f"unexpected answer {error.status_code}: {error.detail}")
     response = await _answer_error(request, known)

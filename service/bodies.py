@@ -18,8 +18,8 @@ from service.errors import (
     TooManyImagesError,
     UnknownOptionError,
     UnsupportedBodyError,
-    nearest,
 )
+from service.hints import nearest
 
 IMAGE_TYPES = ("image/*", "application/octet-stream")
 REQUEST_TYPES = (*IMAGE_TYPES, "multipart/form-data", "application/json")

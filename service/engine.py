@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backbone import DenseEncoder
 from service.batcher import Batcher, EncodedImage, QueuedImage
-from service.errors import EncodingFailedError
+from service.errors import EncodingFailedError, NotReadyError
 from service.metrics import Metrics
 from service.warmup import WarmUp, warm_up
 
@@ -70,10 +70,19 @@ class Engine:
             self.warm_up = warm_up(self.encoder)
             self._on_ready()
             while batch := self._batcher.next_batch():
-                self._answer(batch)
+                self._answer_or_fail(batch)
         except Exception as error:  # whoever waits must hear of it, whatever it is
             logger.exception("the engine stopped")
             self._on_failure(error)
+
+    def _answer_or_fail(self, batch: list[QueuedImage]) -> None:
+        try:
+            self._answer(batch)
+        finally:
+            # Only when the engine itself broke: nobody may be left waiting for a dead thread.
+            for image in batch:
+                if not image.future.done():
+                    image.future.set_exception(NotReadyError("the engine has failed"))
 
     def _answer(self, batch: list[QueuedImage]) -> None:
         self._metrics.batch_images.observe(len(batch))

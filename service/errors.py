@@ -16,8 +16,6 @@ ServiceError
   NotReadyError, DrainingError                          503
 """
 
-import difflib
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -198,13 +196,6 @@ _OF_IMAGE_ERROR: dict[type[backbone_errors.ImageError], type[ServiceError]] = {
 def from_image_error(error: backbone_errors.ImageError, index: int) -> ServiceError:
     """What the client is told about image `index`."""
     return _OF_IMAGE_ERROR[type(error)](f"image {index}: {error}", index=index)
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'layers'?`, or the valid names when none is near."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name.lower(), names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(names)}"
 
 
 def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:

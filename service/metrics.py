@@ -30,7 +30,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # Without it every series has a twin `_created` that says when it began.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         ProcessCollector(namespace="refinery", registry=self._registry)
         self.requests = self._counter("requests", "Requests answered", ("route", "status"))

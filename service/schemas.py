@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import InvalidOptionError, ServiceError, UnknownOptionError, nearest
+from service.errors import InvalidOptionError, ServiceError, UnknownOptionError
+from service.hints import nearest
 
 Dtype = Literal["float16", "float32"]
 Layout = Literal["grid", "tokens", "nchw"]

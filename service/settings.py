@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.errors import nearest
+from service.hints import nearest
 
 ENV_PREFIX = "REFINERY_"
 _MIB = 1024 * 1024

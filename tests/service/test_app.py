@@ -1,0 +1,437 @@
+"""The routes over HTTP, with a tiny model behind them."""
+
+import base64
+import io
+import json
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load
+from starlette.testclient import TestClient
+
+from backbone import open_model
+from backbone.preprocess import decode_image, resize_image
+from service.app import create_app
+from tests.support import encoded, noise_image
+
+PNG = {"content-type": "image/png"}
+PHOTO = encoded(noise_image(80, 112))
+OTHER = encoded(noise_image(64, 64, seed=1))
+
+
+def metadata(data):
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length])["__metadata__"]
+
+
+def post(client, data=PHOTO, headers=PNG, **query):
+    return client.post("/features", content=data, headers=headers, params=query)
+
+
+def fault(response, status, code):
+    """The error of a response that must have this status and code."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == code, error
+    assert error["request_id"] == response.headers["x-request-id"]
+    assert error["message"]
+    return error
+
+
+def expected_tokens(artifact, data, size, **options):
+    encoder = open_model(artifact, precision="fp32")
+    pixels = resize_image(decode_image(data), size)
+    return encoder.encode(pixels[None], **options)
+
+
+# --- answers
+
+
+def test_features_are_those_of_the_model_on_the_same_pixels(client, artifact):
+    response = post(client, dtype="float32")
+
+    (features,) = expected_tokens(artifact, PHOTO, (64, 64))
+    assert response.status_code == 200
+    np.testing.assert_allclose(
+        load(response.content)["features.0"],
+        features.tokens[0].numpy().reshape(4, 4, 32),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_the_answer_says_what_it_is(client):
+    response = post(client, size=96)
+
+    about = metadata(response.content)
+    (image,) = json.loads(about["images"])
+    assert image["grid"] == [4, 6]  # 80 x 112 px, longest side 96: 64 x 96 px
+    assert image["original_size"] == [80, 112]
+    assert image["resized_to"] == [64, 96]
+    assert image["affine"] == [[6 / 112, 0.0, 0.0], [0.0, 4 / 80, 0.0]]
+    assert about["model_digest"] == response.headers["x-model-digest"]
+    assert response.headers["content-type"] == "application/x-safetensors"
+    stages = [part.split(";")[0] for part in response.headers["server-timing"].split(", ")]
+    assert stages == ["read", "decode", "queue", "forward", "encode"]
+
+
+def test_the_three_kinds_of_body_give_the_same_features(client):
+    raw = load(post(client).content)["features.0"]
+    multipart = client.post(
+        "/features", files=[("images", ("a", PHOTO, "image/png")), ("images", ("b", OTHER))]
+    )
+    items = [{"data": base64.b64encode(data).decode()} for data in (PHOTO, OTHER)]
+    in_json = client.post("/features", json={"images": items, "options": {}})
+
+    for response in (multipart, in_json):
+        features = load(response.content)
+        np.testing.assert_allclose(features["features.0"], raw, rtol=1e-2, atol=1e-3)
+        assert features["features.1"].shape == (4, 4, 32)
+
+
+def test_options_of_multipart_and_json_count(client):
+    options = {"size": [32, 48], "layout": "tokens"}
+    multipart = client.post(
+        "/features", files={"images": PHOTO}, data={"options": json.dumps(options)}
+    )
+    items = [{"data": base64.b64encode(PHOTO).decode()}]
+    in_json = client.post("/features", json={"images": items, "options": options})
+
+    for response in (multipart, in_json):
+        assert load(response.content)["features.0"].shape == (6, 32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"), [("grid", (4, 4, 32)), ("tokens", (16, 32)), ("nchw", (1, 32, 4, 4))]
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_layout_and_dtype_comes_in_every_format(client, layout, shape, dtype):
+    options = {"layout": layout, "dtype": dtype, "normalize": "true"}
+
+    def answer(media):
+        return post(client, headers=PNG | {"accept": media}, **options)
+
+    tensor = load(answer("application/x-safetensors").content)["features.0"]
+    array = np.load(io.BytesIO(answer("application/x-npy").content))
+    document = answer("application/json").json()
+
+    assert tensor.shape == shape
+    assert tensor.dtype == array.dtype == document["dtype"] == dtype
+    np.testing.assert_array_equal(array, tensor if layout == "nchw" else tensor[np.newaxis])
+    sent = document["images"][0]["features"][0]
+    decoded = np.frombuffer(base64.b64decode(sent["data"]), dtype).reshape(sent["shape"])
+    np.testing.assert_array_equal(decoded, tensor)
+
+
+def test_layers_are_counted_from_either_end(client, artifact):
+    response = post(client, layers="0,-1", dtype="float32", layout="tokens")
+
+    first, last = expected_tokens(artifact, PHOTO, (64, 64), layers=(0, 1))
+    features = load(response.content)
+    assert json.loads(metadata(response.content)["layers"]) == [0, 1]
+    for name, expected in (("layer0", first), ("layer1", last)):
+        np.testing.assert_allclose(
+            features[f"features.0.{name}"], expected.tokens[0].numpy(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_same_request_gives_the_same_bytes(client):
+    answers = {post(client, data, size=64).content for data in [PHOTO] * 5}
+
+    assert len(answers) == 1
+
+
+def test_images_of_other_formats_and_modes_are_read(client):
+    grey = noise_image(64, 64).convert("L")
+    for format, image in (("JPEG", grey), ("WEBP", noise_image(64, 64)), ("GIF", grey)):
+        assert post(client, encoded(image, format)).status_code == 200
+
+
+def test_the_clients_request_id_is_kept_if_it_is_fit_for_a_log(client):
+    assert client.get("/livez", headers={"x-request-id": "job-7:3"}).headers["x-request-id"] == (
+        "job-7:3"
+    )
+    replaced = client.get("/livez", headers={"x-request-id": "a b" + "x" * 200})
+    assert len(replaced.headers["x-request-id"]) == 32
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "message"),
+    [
+        ({"dtyp": "float16"}, "unknown_option", "did you mean 'dtype'"),
+        ({"dtype": "float8"}, "invalid_option", "did you mean 'float"),
+        ({"size": "100,100"}, "invalid_option", "ask for 96x96"),
+        ({"size": "7"}, "invalid_option", "16 px or more"),
+        ({"size": "100000"}, "invalid_option", "8192 are allowed"),
+        ({"size": "999999999"}, "invalid_option", "8192 are allowed"),
+        ({"layers": "2"}, "invalid_option", "-2 to 1"),
+        ({"layers": "-3"}, "invalid_option", "-2 to 1"),
+        ({"layers": "-1,1"}, "invalid_option", "twice"),
+        ({"normalize": "yes"}, "invalid_option", "normalize"),
+    ],
+)
+def test_impossible_options_are_refused(client, query, code, message):
+    assert message in fault(post(client, **query), 422, code)["message"]
+
+
+def test_an_accept_that_is_not_offered_is_refused(client):
+    fault(post(client, headers=PNG | {"accept": "image/png"}), 406, "not_acceptable")
+
+
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": ""}])
+def test_an_unknown_content_type_is_refused(client, headers):
+    fault(post(client, headers=headers), 415, "unsupported_content_type")
+
+
+def test_bytes_that_are_no_image_are_refused_with_their_index(client):
+    broken = encoded(noise_image(64, 64), "JPEG")[:-900]
+
+    assert fault(post(client, b"%PDF-1.7"), 415, "unsupported_image")["index"] == 0
+    files = [("images", PHOTO), ("images", broken), ("images", b"nothing")]
+    response = client.post("/features", files=files)
+    assert fault(response, 422, "undecodable_image")["index"] == 1
+
+
+def test_broken_bodies_are_refused(client):
+    as_json = {"content-type": "application/json"}
+
+    fault(post(client, b""), 400, "malformed_body")
+    fault(post(client, b"{", as_json), 400, "malformed_body")
+    fault(post(client, b'{"images": [{"data": "%"}]}', as_json), 400, "malformed_image")
+    fault(post(client, b'{"pictures": []}', as_json), 422, "unknown_option")
+
+
+def test_the_query_is_refused_even_when_the_body_is_fine(client):
+    response = client.post("/features?options=1", files={"images": PHOTO})
+
+    fault(response, 422, "unknown_option")
+
+
+def test_limits_are_the_operators(serve):
+    limits = {"max_body_bytes": 40_000, "max_images": 2, "max_image_pixels": 80 * 112}
+    with serve(**limits) as client:
+        many = [("images", encoded(noise_image(16, 16)))] * 3
+
+        assert post(client).status_code == 200
+        fault(post(client, bytes(40_001)), 413, "body_too_large")
+        fault(post(client, iter([bytes(30_000)] * 2)), 413, "body_too_large")
+        fault(client.post("/features", files=many), 413, "too_many_images")
+        fault(post(client, encoded(noise_image(80, 113))), 413, "image_too_large")
+
+
+@pytest.mark.parametrize("side", [7_000, 60_000])
+def test_an_image_is_refused_by_the_size_that_its_header_claims(client, side):
+    data = bytearray(encoded(Image.new("L", (16, 16))))
+    data[16:24] = side.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+
+    assert fault(post(client, bytes(data)), 413, "image_too_large")["index"] == 0
+
+
+def test_json_is_refused_beyond_a_million_values(serve):
+    with serve(max_image_tokens=60_000, batch_tokens=60_000) as client:
+        response = post(client, headers=PNG | {"accept": "application/json"}, size="2912,2912")
+
+        assert "x-safetensors" in fault(response, 422, "response_too_large")["message"]
+
+
+def test_unknown_paths_and_methods_are_typed_too(client):
+    assert "'/features'" in fault(client.get("/feature"), 404, "not_found")["message"]
+    response = client.get("/features")
+    fault(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+# --- batches, cancelling, faults
+
+
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_requests_that_come_during_a_forward_share_the_next(serve, watched_encoder):
+    with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(8) as threads:
+        watched_encoder.hold()
+        first = threads.submit(post, client)
+        watched_encoder.wait_until_held()
+        rest = [threads.submit(post, client, seed_image(seed)) for seed in range(6)]
+        wait_for(lambda: gauge(client, "queue_images") == 6)
+        watched_encoder.gate.set()
+
+        assert all(future.result().status_code == 200 for future in [first, *rest])
+    assert [batch[0] for batch in watched_encoder.batches] == [1, 6]
+
+
+def test_the_company_of_an_image_changes_nothing_beyond_the_tolerance(serve, watched_encoder):
+    images = [seed_image(seed) for seed in range(12)]
+    with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(12) as threads:
+        alone = [features_of(client, image) for image in images]
+        together = list(threads.map(lambda image: features_of(client, image), images))
+        tolerance = client.get("/info").json()["tolerance"]
+
+    assert max(batch[0] for batch in watched_encoder.batches) > 1
+    for one, other in zip(alone, together, strict=True):
+        error = np.linalg.norm(one - other, axis=-1) / np.linalg.norm(one, axis=-1)
+        assert error.max() <= tolerance["max_relative_error"]
+
+
+def test_one_poisoned_image_does_not_fail_the_others(serve, watched_encoder, caplog):
+    poison = resize_image(decode_image(seed_image(3)), (64, 64))
+    watched_encoder.fails = lambda images: any(torch.equal(image, poison) for image in images)
+    with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(8) as threads:
+        watched_encoder.hold()
+        first = threads.submit(post, client)
+        watched_encoder.wait_until_held()
+        rest = [threads.submit(post, client, seed_image(seed)) for seed in range(6)]
+        wait_for(lambda: gauge(client, "queue_images") == 6)
+        watched_encoder.gate.set()
+
+        statuses = [future.result().status_code for future in [first, *rest]]
+        fault(rest[3].result(), 500, "encoding_failed")
+    assert statuses == [200, 200, 200, 200, 500, 200, 200]
+    assert "planted failure" in caplog.text
+
+
+def test_a_fault_of_the_service_is_typed_and_logged_under_its_id(client, monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("service.features.resolve_layers", broken)
+
+    error = fault(post(client), 500, "internal")
+
+    assert error["request_id"] in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_nothing_is_served_before_the_warm_up(settings, watched_encoder):
+    loading = threading.Event()
+
+    def slow_load(*_):
+        assert loading.wait(10)
+        return watched_encoder
+
+    app = create_app(settings(), slow_load)
+    with TestClient(app) as client:
+        assert client.get("/livez").status_code == client.get("/healthz").status_code == 200
+        for path in ("/readyz", "/startupz", "/info"):
+            assert fault(client.get(path), 503, "not_ready")["retryable"]
+        assert fault(post(client), 503, "not_ready")["retryable"]
+
+        loading.set()
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        assert client.get("/startupz").status_code == 200
+        assert post(client).status_code == 200
+
+
+def test_a_draining_service_lives_but_takes_nothing(serve):
+    with serve() as client:
+        client.app.state.service.drain()
+
+        assert client.get("/livez").status_code == client.get("/startupz").status_code == 200
+        fault(client.get("/readyz"), 503, "draining")
+        response = post(client)
+        assert fault(response, 503, "draining")["retryable"]
+        assert response.headers["retry-after"] == "1"
+
+
+def test_an_engine_that_dies_takes_liveness_with_it(serve, monkeypatch, caplog):
+    with serve() as client:
+        engine = client.app.state.service.engines[0]
+        monkeypatch.setattr(engine, "_answer", lambda _: 1 / 0)
+
+        response = post_in_thread(client)
+        wait_for(lambda: client.get("/livez").status_code == 503)
+
+        fault(client.get("/readyz"), 503, "not_ready")
+        assert response.result(10).status_code == 503
+    assert "the engine stopped" in caplog.text
+
+
+# --- information
+
+
+def test_info_tells_what_is_served_and_allowed(client):
+    info = client.get("/info").json()
+
+    assert info["model"]["is_refined"]
+    assert info["model"]["native_size"] == [64, 64]
+    assert info["model"]["precision"] == "fp32"
+    assert info["model"]["register_width"] == 1
+    assert info["model"]["num_layers"] == 2
+    assert info["limits"]["max_json_values"] == 1_000_000
+    assert "JPEG" in info["image_formats"]
+    assert info["response_types"][0] == "application/x-safetensors"
+    assert info["tolerance"]["measured_relative_error"] <= info["tolerance"]["max_relative_error"]
+
+
+def test_metrics_count_requests_images_stages_and_errors(serve):
+    with serve() as client:
+        post(client)
+        client.post("/features", files=[("images", PHOTO), ("images", OTHER)])
+        post(client, b"junk")
+        client.get("/no/such/path")
+        text = client.get("/metrics").text
+
+    assert 'refinery_requests_total{route="/features",status="200"} 2.0' in text
+    assert 'refinery_requests_total{route="/features",status="415"} 1.0' in text
+    assert 'refinery_requests_total{route="other",status="404"} 1.0' in text
+    assert "refinery_images_total 3.0" in text
+    assert 'refinery_errors_total{code="unsupported_image"} 1.0' in text
+    assert 'refinery_stage_seconds_count{stage="forward"} 2.0' in text
+    assert "refinery_requests_in_flight 0.0" in text
+
+
+def test_openapi_names_every_error_option_and_format(client):
+    document = client.get("/openapi.json").json()
+
+    operation = document["paths"]["/features"]["post"]
+    names = [parameter["name"] for parameter in operation["parameters"]]
+    assert names == ["size", "layers", "dtype", "layout", "normalize"]
+    assert set(operation["responses"]) == {"200", "400", "406", "413", "415", "422", "500", "503"}
+    assert "`too_many_images`" in operation["responses"]["413"]["description"]
+    assert set(operation["requestBody"]["content"]) == {
+        "image/*",
+        "application/octet-stream",
+        "multipart/form-data",
+        "application/json",
+    }
+    assert set(operation["responses"]["200"]["content"]) == {
+        "application/x-safetensors",
+        "application/x-npy",
+        "application/json",
+    }
+    assert client.get("/docs").status_code == 200
+
+
+def seed_image(seed):
+    return encoded(noise_image(64, 64, seed))
+
+
+def features_of(client, image):
+    return load(post(client, image, dtype="float32").content)["features.0"]
+
+
+def gauge(client, name):
+    text = client.get("/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"refinery_{name} ")]
+    return float(line.split()[1])
+
+
+def post_in_thread(client):
+    threads = ThreadPoolExecutor(1)
+    future = threads.submit(post, client)
+    threads.shutdown(wait=False)
+    return future

@@ -1,0 +1,130 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from service.batcher import Batcher, BatcherClosedError, QueuedImage
+from service.metrics import Metrics
+
+SMALL, LARGE = (32, 32), (32, 48)
+
+
+@pytest.fixture
+def batcher():
+    return Batcher(10, Metrics())
+
+
+def image(size=SMALL, tokens=4, layers=(11,)):
+    return QueuedImage(torch.zeros(3, *size, dtype=torch.uint8), layers, tokens)
+
+
+def submit(batcher, *images):
+    for item in images:
+        batcher.submit(item)
+    return list(images)
+
+
+def test_a_batch_takes_what_has_gathered_in_order(batcher):
+    first, second = submit(batcher, image(), image())
+
+    assert batcher.next_batch() == [first, second]
+
+
+def test_a_batch_stays_within_its_budget(batcher):
+    first, second, third = submit(batcher, image(), image(), image())
+
+    assert batcher.next_batch() == [first, second]
+    assert batcher.next_batch() == [third]
+
+
+def test_an_image_that_fills_the_budget_goes_alone(batcher):
+    first, second = submit(batcher, image(tokens=10), image(tokens=1))
+
+    assert batcher.next_batch() == [first]
+    assert batcher.next_batch() == [second]
+
+
+def test_a_batch_holds_one_size_and_one_choice_of_layers(batcher):
+    a, b, c, d = submit(batcher, image(), image(LARGE), image(layers=(5,)), image())
+
+    assert [batcher.next_batch() for _ in range(3)] == [[a, d], [b], [c]]
+
+
+def test_the_oldest_image_goes_first_whatever_comes_after_it(batcher):
+    submit(batcher, image())
+    (rare,) = submit(batcher, image(LARGE))
+    submit(batcher, *(image() for _ in range(6)))
+
+    batcher.next_batch()
+
+    assert batcher.next_batch() == [rare]
+
+
+def test_a_cancelled_image_leaves_before_it_costs_anything(batcher):
+    metrics = Metrics()
+    batcher = Batcher(8, metrics)
+    first, second, third = submit(batcher, image(), image(), image())
+
+    first.future.cancel()
+
+    assert batcher.next_batch() == [second, third]
+    assert metrics.cancelled_images._value.get() == 1
+
+
+def test_an_image_in_a_batch_cannot_be_cancelled_any_more(batcher):
+    (first,) = submit(batcher, image())
+    batcher.next_batch()
+
+    assert not first.future.cancel()
+
+
+def test_an_idle_engine_sleeps_until_an_image_comes(batcher):
+    taken = []
+    engine = threading.Thread(target=lambda: taken.append(batcher.next_batch()))
+    engine.start()
+    time.sleep(0.05)
+    cpu_before = time.process_time()
+    time.sleep(0.05)
+
+    (first,) = submit(batcher, image())
+    engine.join(5)
+
+    assert taken == [[first]]
+    assert time.process_time() - cpu_before < 0.04
+
+
+def test_a_closed_batcher_hands_out_what_it_has_and_takes_no_more(batcher):
+    (first,) = submit(batcher, image())
+
+    batcher.close()
+
+    assert batcher.next_batch() == [first]
+    assert batcher.next_batch() is None
+    with pytest.raises(BatcherClosedError):
+        batcher.submit(image())
+
+
+def test_whoever_waits_can_be_failed_at_once(batcher):
+    first, gone = submit(batcher, image(), image())
+    gone.future.cancel()
+
+    batcher.fail_waiting(ValueError("the engine is gone"))
+
+    assert isinstance(first.future.exception(1), ValueError)
+    batcher.close()
+    assert batcher.next_batch() is None
+
+
+def test_the_gauges_follow_the_queue(batcher):
+    metrics = Metrics()
+    batcher = Batcher(8, metrics)
+
+    submit(batcher, image(), image(), image(LARGE))
+    assert (metrics.queue_images._value.get(), metrics.queue_tokens._value.get()) == (3, 12)
+
+    batcher.next_batch()
+    assert (metrics.queue_images._value.get(), metrics.queue_tokens._value.get()) == (1, 4)
+
+    batcher.next_batch()
+    assert (metrics.queue_images._value.get(), metrics.queue_tokens._value.get()) == (0, 0)

@@ -1,0 +1,38 @@
+from service.metrics import STAGES, Metrics
+
+
+def test_every_metric_has_the_prefix_and_no_twin():
+    metrics = Metrics()
+    metrics.requests.labels("/features", "200").inc()
+
+    text = metrics.exposition().decode()
+
+    names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
+    assert all(name.startswith("refinery_") for name in names)
+    assert not any(name.endswith("_created") for name in names)
+    assert 'refinery_requests_total{route="/features",status="200"} 1.0' in text
+
+
+def test_every_stage_has_its_histogram_from_the_start():
+    text = Metrics().exposition().decode()
+
+    for stage in STAGES:
+        assert f'refinery_stage_seconds_count{{stage="{stage}"}} 0.0' in text
+
+
+def test_services_in_one_process_count_apart():
+    first, second = Metrics(), Metrics()
+
+    first.images.inc()
+
+    assert "refinery_images_total 0.0" in second.exposition().decode()
+
+
+def test_the_model_is_shown_by_its_digest():
+    metrics = Metrics()
+
+    metrics.show_model(digest="abc", backbone="vit", precision="bf16")
+
+    assert 'refinery_model_info{backbone="vit",digest="abc",precision="bf16"} 1.0' in (
+        metrics.exposition().decode()
+    )

@@ -1,0 +1,245 @@
+"""A real server process: start, hostile files, hang-ups, shutdown."""
+
+import contextlib
+import csv
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2 as httpx
+import psutil
+import pytest
+from safetensors.numpy import load
+
+from tests.support import data_folder, encoded, noise_image
+
+PNG = {"content-type": "image/png"}
+PHOTO = encoded(noise_image(64, 64))
+MIB = 1024 * 1024
+
+
+def post(server, data=PHOTO, headers=PNG, **options):
+    return server.client.post("/features", content=data, headers=headers, **options)
+
+
+def counter(server, name):
+    lines = server.client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"refinery_{name}"))
+
+
+def wait_for(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def run_service(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(server_process):
+    return server_process("--precision", "fp32", "--decode-threads", "2")
+
+
+def test_a_photograph_goes_in_and_features_come_out(server):
+    response = post(server)
+
+    assert load(response.content)["features.0"].shape == (4, 4, 32)
+    assert "server" not in response.headers
+
+
+def test_many_clients_at_once_all_get_what_they_get_alone(server):
+    images = [encoded(noise_image(64, 64 + 16 * (seed % 3), seed)) for seed in range(24)]
+    alone = [post(server, image, params={"size": "64"}).content for image in images]
+    answers = [b""] * len(images)
+
+    def ask(index):
+        for _ in range(3):
+            answers[index] = post(server, images[index], params={"size": "64"}).content
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    for one, other in zip(alone, answers, strict=True):
+        left, right = load(one)["features.0"], load(other)["features.0"]
+        assert abs(left.astype("f4") - right.astype("f4")).max() < 1e-2
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_no_hostile_file_harms_the_service(server):
+    folder = data_folder("bad_inputs")
+    with (folder / "MANIFEST.tsv").open() as manifest:
+        rows = list(csv.DictReader(manifest, delimiter="\t"))
+    process = psutil.Process(server.process.pid)
+    wrong = []
+
+    def send_all():
+        for row in rows:
+            started = time.monotonic()
+            response = post(server, (folder / row["file"]).read_bytes())
+            seconds = time.monotonic() - started
+            if response.status_code != 200:
+                assert response.json()["error"]["code"], row["file"]
+            expected = response.status_code == 200 or 400 <= response.status_code < 500
+            served_junk = response.status_code == 200 and row["decodable"] == "no"
+            if not expected or served_junk or seconds > 5:
+                wrong.append((row["file"], response.status_code, round(seconds, 1)))
+
+    send_all()  # what the allocator keeps once, it keeps
+    send_all()
+    memory_before = process.memory_info().rss
+    for _ in range(3):
+        send_all()
+
+    assert wrong == []
+    assert len(rows) > 200
+    assert post(server).status_code == 200
+    assert process.memory_info().rss - memory_before < 48 * MIB
+
+
+def test_truncated_and_lying_requests_leave_the_service_alive(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    for request in (
+        b"POST /features HTTP/1.1\r\nhost: a\r\ncontent-type: image/png\r\n"
+        b"content-length: 1000\r\n\r\nshort",
+        b"POST /features HTTP/1.1\r\nhost: a\r\ncontent-type: image/png\r\n"
+        b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /features HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999999999999999\r\n\r\n",
+        b"\x00\x01\x02 nonsense\r\n\r\n",
+    ):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request)
+
+    assert post(server).status_code == 200
+    wait_for(lambda: counter(server, "requests_in_flight") == 0)
+
+
+def test_a_client_that_hangs_up_costs_no_forward(server_process):
+    # One image at a time, large enough that the queue is long when the clients leave.
+    server = server_process(
+        "--torch-threads", "1", "--batch-tokens", "1000", "--max-image-tokens", "1000"
+    )
+    leaving = [threading.Thread(target=ask_and_leave, args=(server, seed)) for seed in range(24)]
+    for thread in leaving:
+        thread.start()
+    for thread in leaving:
+        thread.join()
+
+    wait_for(lambda: counter(server, "requests_in_flight") == 0)
+    assert post(server).status_code == 200
+    assert counter(server, "abandoned_requests_total") > 0
+    assert counter(server, "queue_images") == counter(server, "queue_tokens") == 0
+
+
+def ask_and_leave(server, seed):
+    image = encoded(noise_image(448, 448, seed))
+    with contextlib.suppress(httpx.TimeoutException):
+        server.client.post(
+            "/features?size=448", content=image, headers=PNG, timeout=httpx.Timeout(10, read=0.01)
+        )
+
+
+def test_sigterm_finishes_what_was_admitted_and_exits_with_0(server_process):
+    server = server_process("--torch-threads", "1")
+    statuses = []
+
+    def ask(seed):
+        image = encoded(noise_image(512, 512, seed))
+        statuses.append(post(server, image, params={"size": "512"}).status_code)
+
+    asking = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
+    for thread in asking:
+        thread.start()
+    wait_for(lambda: counter(server, "requests_in_flight") == 12)
+    server.process.terminate()
+    for thread in asking:
+        thread.join()
+
+    assert statuses == [200] * 12
+    assert server.process.wait(20) == 0
+    assert "draining: " in server.log.read_text()
+
+
+def test_a_drain_beyond_its_deadline_cuts_requests_off_and_says_so(server_process):
+    server = server_process("--drain-seconds", "0.2")
+    connection = slow_upload(server)
+    wait_for(lambda: counter(server, "requests_in_flight") == 1)
+
+    server.process.terminate()
+    wait_for(lambda: server.readyz() == 503, 1)
+
+    assert server.process.wait(20) == 1
+    assert "cut off" in server.log.read_text()
+    connection.close()
+
+
+def slow_upload(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(
+        b"POST /features HTTP/1.1\r\nhost: a\r\ncontent-type: image/png\r\n"
+        b"content-length: 1000\r\n\r\nnever the rest"
+    )
+    return connection
+
+
+def test_a_second_signal_stops_at_once(server_process):
+    server = server_process("--drain-seconds", "60")
+    connection = slow_upload(server)
+    wait_for(lambda: counter(server, "requests_in_flight") == 1)
+
+    server.process.terminate()
+    time.sleep(0.3)
+    server.process.terminate()
+
+    assert server.process.wait(10) == 1
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--model", "m", "--host", "0.0.0.0"], "--insecure"),
+        (["--model", "m", "--batch-tokens", "1"], "--batch-tokens"),
+        ([], "--model"),
+    ],
+)
+def test_settings_that_cannot_work_end_with_one_line_and_status_2(arguments, message):
+    result = run_service(*arguments, "--port", "0") if arguments else run_service()
+
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_an_unknown_variable_ends_the_start(monkeypatch):
+    monkeypatch.setenv("REFINERY_PROT", "1")
+
+    result = run_service("--model", "m")
+
+    assert result.returncode == 2
+    assert "REFINERY_PORT" in result.stderr
+
+
+def test_print_config_shows_flags_variables_and_defaults(monkeypatch):
+    monkeypatch.setenv("REFINERY_PORT", "8100")
+
+    config = json.loads(run_service("--model", "m", "--print-config").stdout)
+
+    assert (config["model"], config["port"], config["max_images"]) == ("m", 8100, 32)

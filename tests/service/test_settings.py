@@ -1,0 +1,102 @@
+import pytest
+
+from service.settings import Settings, SettingsError, load_settings, parse_arguments
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_field_can_be_set_by_its_variable(name):
+    chosen = {"weights": "w.pt", "random_weights": "true", "device": "cpu", "precision": "fp32"}
+    chosen |= {"host": "::1", "insecure": "1", "log_level": "error", "model": "other"}
+    chosen |= {"decode_threads": "9", "torch_threads": "9"}
+    value = chosen.get(name, "9999")
+
+    settings = load_settings({} if name == "model" else {"model": "m"}, variable(name, value))
+
+    assert str(getattr(settings, name)) in (value, value.capitalize(), "True", "9999.0")
+
+
+def variable(name, value):
+    extra = {"REFINERY_BATCH_TOKENS": "16384"} if name == "max_image_tokens" else {}
+    return {f"REFINERY_{name.upper()}": value} | extra
+
+
+def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default():
+    environment = {"REFINERY_PORT": "9000", "REFINERY_MAX_IMAGES": "5"}
+
+    settings = parse_arguments(["--model", "m", "--port", "9001"], environment).settings
+
+    assert (settings.port, settings.max_images, settings.drain_seconds) == (9001, 5, 30.0)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("0", False)])
+def test_switches_can_be_set_by_variables(text, value):
+    settings = load_settings({"model": "m"}, {"REFINERY_INSECURE": text})
+
+    assert settings.insecure is value
+
+
+def test_an_unknown_variable_is_refused_with_the_nearest_name():
+    with pytest.raises(SettingsError, match="REFINERY_BATCH_TOKEN: did you mean 'REFINERY_BATCH_"):
+        load_settings({"model": "m"}, {"REFINERY_BATCH_TOKEN": "1"})
+
+
+def test_variables_of_other_programs_are_left_alone():
+    assert load_settings({"model": "m"}, {"VIT_REFINERY_TEST_DATA": "x", "PORT": "1"}).port == 8000
+
+
+def test_an_impossible_value_names_where_it_came_from():
+    with pytest.raises(SettingsError, match="--port is '99999'"):
+        parse_arguments(["--model", "m", "--port", "99999"], {})
+    with pytest.raises(SettingsError, match="REFINERY_PRECISION is 'fp8'"):
+        load_settings({"model": "m"}, {"REFINERY_PRECISION": "fp8"})
+
+
+def test_a_missing_model_says_what_to_add():
+    with pytest.raises(SettingsError, match="--model"):
+        parse_arguments([], {})
+
+
+def test_a_batch_must_hold_the_largest_image():
+    with pytest.raises(SettingsError, match="set --batch-tokens to 8192 or more"):
+        parse_arguments(["--model", "m", "--batch-tokens", "100"], {})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
+def test_an_address_that_others_reach_needs_insecure(host):
+    with pytest.raises(SettingsError, match="add --insecure"):
+        parse_arguments(["--model", "m", "--host", host], {})
+
+    assert parse_arguments(["--model", "m", "--host", host, "--insecure"], {}).settings.insecure
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_addresses_need_nothing(host):
+    assert parse_arguments(["--model", "m", "--host", host], {}).settings.host == host
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda", "cuda:0,cuda:1"])
+def test_devices_are_given_as_a_list(device):
+    assert load_settings({"model": "m", "device": device}, {}).device == device
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(SettingsError, match="device"):
+        load_settings({"model": "m", "device": "tpu"}, {})
+
+
+def test_help_names_flags_variables_and_defaults(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_arguments(["--help"], {})
+
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit_info.value.code == 0
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in text
+        assert f"REFINERY_{name.upper()})" in text
+    assert "default 16384; REFINERY_BATCH_TOKENS" in text
+
+
+def test_an_abbreviated_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--mod", "m"], {})
+    assert "--mod" in capsys.readouterr().err

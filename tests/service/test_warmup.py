@@ -1,0 +1,26 @@
+import logging
+
+from service import warmup
+from service.warmup import WarmUp, warm_up
+
+
+def test_warm_up_measures_what_the_company_of_an_image_changes(watched_encoder):
+    result = warm_up(watched_encoder)
+
+    assert watched_encoder.batches == [(4, 3, 64, 64), *[(1, 3, 64, 64)] * 4]
+    assert 0 <= result.measured_relative_error <= result.max_relative_error == 1e-3
+    assert 1 >= round(result.measured_cosine, 6) >= result.min_cosine
+
+
+def test_a_promise_that_does_not_hold_is_logged(watched_encoder, monkeypatch, caplog):
+    monkeypatch.setitem(warmup._MAX_RELATIVE_ERROR, "fp32", -1.0)
+
+    with caplog.at_level(logging.WARNING):
+        warm_up(watched_encoder)
+
+    assert "features depend on their batch" in caplog.text
+
+
+def test_the_bound_on_the_cosine_follows_from_the_relative_error():
+    # The token that is furthest in angle at a distance e of a unit vector has cos = sqrt(1 - e^2).
+    assert WarmUp(0.6, 0.0, 1.0).min_cosine == 0.8
