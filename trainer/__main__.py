@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbone.errors import RefineryError
-from trainer.config import load_recipe, recipe_names
 from trainer.errors import TrainerError
 from trainer.loop import Interrupted, StopRequest
+from trainer.recipe_file import load_recipe, recipe_names
 from trainer.run import Summary, refine
 
 EXIT_USER_ERROR = 2

@@ -1,0 +1,189 @@
+"""The command line: python -m trainer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from backbone import load_artifact
+from tests.trainer.refining import SMALL, image_folder, model_folder
+from trainer.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging_and_warnings():
+    """`main` sets up the process's logging; a test process goes on after it."""
+    import logging
+    import warnings
+
+    root, levels = logging.getLogger(), {}
+    handlers, level = root.handlers[:], root.level
+    for name in ("trainer", "backbone"):
+        levels[name] = logging.getLogger(name).level
+    with warnings.catch_warnings():
+        yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, old in levels.items():
+        logging.getLogger(name).setLevel(old)
+
+
+def command(tmp_path, *more, settings=()):
+    if not (tmp_path / "images").exists():
+        image_folder(tmp_path / "images")
+        model_folder(tmp_path / "model")
+    arguments = ["--images", tmp_path / "images", "--output", tmp_path / "out"]
+    arguments += ["--backbone", tmp_path / "model", "--device", "cpu"]
+    for setting in (*SMALL, *settings):
+        arguments += ["--set", setting]
+    return [str(argument) for argument in (*arguments, *more)]
+
+
+def test_a_run_ends_with_an_artifact_and_a_summary(tmp_path, capsys):
+    code = main(command(tmp_path, settings=["run.max_steps=2"]))
+
+    assert code == 0
+    assert load_artifact(tmp_path / "out" / "refined").manifest.patch_size == 16
+    shown = capsys.readouterr().out
+    assert "python -m service --model" in shown
+    assert "2 in " in shown
+
+
+def test_random_weights_are_used_when_asked_for_by_name(tmp_path, capsys):
+    model = ["--backbone", "vit_tiny_patch16_224"]
+    settings = ["run.max_steps=1", "data.batch_size=1", "data.size=32", "loss.lambda_spu=0"]
+
+    without = main(command(tmp_path, *model, settings=settings))
+    message = capsys.readouterr().err
+    code = main(command(tmp_path, *model, "--random-weights", settings=settings))
+
+    assert without == 2
+    assert "--random-weights" in message
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "papr"], "no recipe is called 'papr'; there are demo, paper, release"),
+        (["--set", "loss.temprature=1"], "the nearest valid key is loss.temperature"),
+        (["--images", "/no/such/folder"], "/no/such/folder is not a folder"),
+        (["--backbone", "vit_tiny_patch16_225"], "did you mean vit_tiny_patch16_224"),
+        (["--device", "tpu"], "no device is called 'tpu'"),
+        (["--device", "mps"], "device mps is not supported"),
+        (["--device", "cuda:99"], "device cuda:99 is not here"),
+        (["--set", "data.size=60"], "not a whole number of 16 px patches; resize to 64x64"),
+        (["--set", "filters.attention_hijack.layers=[7, 8]"], "layers 7..8, but the backbone's"),
+        (["--weights", "/no/weights.pt"], "/no/weights.pt"),
+    ],
+)
+def test_a_mistake_is_named_in_one_message_without_a_traceback(tmp_path, capsys, more, message):
+    code = main(command(tmp_path, *more))
+
+    shown = capsys.readouterr().err
+    assert code == 2
+    assert message in shown.replace("\n", " ")
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out" / "refined").exists()
+
+
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    assert main(command(tmp_path)) == 2
+    assert "one process" in capsys.readouterr().err
+
+
+def test_images_and_output_are_needed(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+
+    assert "--images and --output are needed" in capsys.readouterr().err
+
+
+def test_the_recipe_can_be_printed_without_images(capsys):
+    code = main(["--recipe", "release", "--set", "lora.rank=4", "--print-recipe"])
+
+    recipe = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert recipe["lora"]["rank"] == 4
+    assert recipe["registers"]["fill"] == "zeros"
+
+
+def test_help_names_the_recipes_and_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+
+    shown = capsys.readouterr().out
+    assert "demo, paper, release" in shown
+    assert "75" in shown
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def start(arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_with_75(tmp_path):
+    settings = ["data.epochs=1000", "run.checkpoint_every=1000", "run.log_every=1"]
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    process = start(command(tmp_path, settings=settings))
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=60)
+
+    assert process.returncode == 75
+    assert "--resume" in shown
+    assert "Traceback" not in shown
+    from trainer.checkpoint import load_checkpoint
+
+    steps = metrics.read_text().count("\n")
+    assert load_checkpoint(tmp_path / "out" / "checkpoint.pt").step == steps >= 3
+    assert not (tmp_path / "out" / "refined").exists()
+
+
+def test_a_stopped_run_goes_on_with_resume(tmp_path, monkeypatch):
+    import trainer.loop
+
+    original = trainer.loop.Loop._step
+
+    def step_and_terminate(self, stream):
+        values = original(self, stream)
+        if self.progress.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return values
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.loop.Loop, "_step", step_and_terminate)
+        stopped = main(command(tmp_path))
+    code = main(command(tmp_path, "--resume"))
+
+    assert (stopped, code) == (75, 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    records = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    load_artifact(tmp_path / "out" / "refined")
