@@ -85,8 +85,8 @@ def test_steps_follow_from_epochs_and_batch(settings, images, steps):
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch():
-    """Exact where the loss is a mean over tokens. Statistics over a whole batch (the sparsity level,
-    the attention filter's mean) are of each forward by design; they are switched off here."""
+    """Exact where the loss is a mean over tokens. Statistics over a batch (the sparsity level, the
+    attention filter's mean) are of each forward by design; they are switched off here."""
     settings = [
         "filters.fp_gp.enabled=false",
         "filters.register_guided.enabled=false",
@@ -99,8 +99,8 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
         "crops.aspect=[1.0, 1.0]",
     ]
 
-    def gradients(tmp, batches, *more):
-        recipe = small_recipe(*settings, *more)
+    def gradients(batches):
+        recipe = small_recipe(*settings)
         refiner = small_refiner(recipe)
         draws = refiner.draw(4, progress=0, generator=torch.Generator().manual_seed(0))
         boxes = draws.boxes_BK4
@@ -121,8 +121,8 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
 
     images = random_images(4)
 
-    big = gradients("big", [images])
-    accumulated = gradients("small", list(images.split(2)))
+    big = gradients([images])
+    accumulated = gradients(list(images.split(2)))
 
     for name, gradient in big.items():
         torch.testing.assert_close(accumulated[name], gradient, rtol=1e-4, atol=1e-6)
@@ -318,20 +318,17 @@ def test_a_run_cut_in_the_middle_and_resumed_makes_the_same_artifact(tmp_path, f
     import trainer.run
 
     original = trainer.run.Loop
-    stop = StopRequest()
 
-    def stopping(*args, **kwargs):
+    def make_stopping_loop(*args, **kwargs):
         loop = original(*args, **kwargs)
-        stopper = StopAfter(loop, 2)
-        stopper_property.append(stopper)
-        loop_train = loop.train
-        loop.train = lambda _stop, console: loop_train(stopper, console)
+        stop, train = StopAfter(loop, 2), loop.train
+        loop.train = lambda _stop, console: train(stop, console)
         return loop
 
-    stopper_property = []
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(trainer.run, "Loop", stopping)
-        run(tmp_path, *settings, output="cut", stop=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.run, "Loop", make_stopping_loop)
+        with pytest.raises(Interrupted):
+            run(tmp_path, *settings, output="cut")
     assert not (tmp_path / "cut" / "refined").exists()
     cut = run(tmp_path, *settings, "run.checkpoint_every=7", output="cut", resume=True)
 

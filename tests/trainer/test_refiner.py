@@ -8,7 +8,6 @@ import torch
 from tests.support import tiny_backbone
 from tests.trainer.refining import one_step, random_images, small_recipe, small_refiner
 from trainer.config import Recipe
-from trainer.lora import Adapter
 from trainer.recipe_file import field_names
 
 # A recipe in which every part of a step has work to do; random weights make odd tokens.
@@ -155,9 +154,7 @@ def test_draws_are_drawn_from_the_generator_alone():
 
     one, same, other = draw(0), draw(0), draw(1)
 
-    assert all(
-        torch.equal(torch.as_tensor(one[n] == same[n]).all(), torch.tensor(True)) for n in one
-    )
+    assert all(torch.as_tensor(one[name] == same[name]).all() for name in one)
     assert not torch.equal(one["boxes_BK4"], other["boxes_BK4"])
     assert one["detectors_BD"].shape == (3, refiner.num_registers // 3)
     assert one["candidates_2BKR"].shape == (2, 3, 3, refiner.num_registers)
@@ -306,9 +303,9 @@ def test_the_adapter_is_on_again_after_a_failed_teacher_pass(monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of luck")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="luck"):
+    with monkeypatch.context() as patch:
         patch.setattr(refiner, "_unit_features", fail)
-        refiner.reference_tokens()
+        with pytest.raises(RuntimeError, match="luck"):
+            refiner.reference_tokens()
 
-    assert isinstance(refiner._adapter, Adapter)
     assert torch.equal(refiner.backbone.encode(images).tokens, expected)
