@@ -7,8 +7,10 @@ and joined with a strip of the reference image. A token is
 * a global proxy (GP) when it resembles a token of the strip that shares its canvas;
 * an attention hijackee (AH) when it gets little attention from the image's tokens.
 
-"Resembles" is a cosine above a threshold. Two backbones are comparable only under the same
-thresholds: take them from the first one (`Thresholds.of_scores`) and use them for both.
+"Resembles" is a cosine above a threshold. A refined backbone is compared with its raw one under the
+same thresholds (`Thresholds.of_scores` of the raw one) and, with `against`, by the same patterns:
+what is counted then is how many of its tokens still carry the raw backbone's spurious features.
+Against its own patterns the two differ in both, tokens and what they are compared with.
 
 Dimension key: B = images, N = tokens of an image, S = tokens of unrelated content, C = channels.
 
@@ -67,6 +69,7 @@ def spurious_scores(
     images: Iterable[Tensor],
     reference: Tensor,
     *,
+    against: DenseEncoder | None = None,
     channels: Sequence[int] = (),
     attention_layers: Sequence[int] = (),
     flow: Flow = "paper",
@@ -79,19 +82,22 @@ def spurious_scores(
         encoder: The backbone as it is served.
         images: uint8 [3, h, w], whole patches, all of one size.
         reference: The reference image, uint8, at the same size.
+        against: Whose tokens of the reference image and the strips are compared with; default the
+            encoder's own.
         channels: Channels to zero before cosines; a refined backbone's manifest has them.
         attention_layers: Blocks whose attention is tapped for AH; none skips the test.
         flow: See `kernels.attention_inflow`.
         hijack_threshold: Standard deviations, see `trainer.filters.attention_hijack`.
         strip_share: Width of the strip over the image's.
     """
+    against = against or encoder
     index = torch.tensor(list(channels), device=encoder.device) if channels else None
 
     def unit(features: DenseFeatures) -> Tensor:
         return unit_tokens(features.tokens, index)
 
     reference_13hw = reference[None]
-    reference_1SC = unit(encoder.encode(reference_13hw)[0])
+    reference_1SC = unit(against.encode(reference_13hw)[0])
     sides = get_args(Side)
     fixed, proxies, hijacked = [], [], []
     for number, image in enumerate(images):
@@ -108,8 +114,11 @@ def spurious_scores(
             patch_size=encoder.patch_size,
         )
         joined_1TC = unit(encoder.encode(composite.pixels)[0])
-        is_crop = composite.is_crop.to(joined_1TC.device)
-        proxies.append(max_cosine_scores(joined_1TC[:, is_crop], joined_1TC[:, ~is_crop]))
+        compared_1TC = (
+            joined_1TC if against is encoder else unit(against.encode(composite.pixels)[0])
+        )
+        is_image = composite.is_crop.to(joined_1TC.device)
+        proxies.append(max_cosine_scores(joined_1TC[:, is_image], compared_1TC[:, ~is_image]))
         if attention_layers:
             inflow_1N = crop_inflow(
                 [taps[layer] for layer in taps], _image_positions(encoder, alone), variant=flow

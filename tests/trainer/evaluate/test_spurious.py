@@ -82,3 +82,17 @@ def test_thresholds_of_scores_are_mean_plus_deviations():
 def test_no_images_is_an_error(encoder):
     with pytest.raises(ValueError, match="no images"):
         spurious_scores(encoder, [], images(1)[0])
+
+
+def test_another_backbones_patterns_can_be_looked_for(encoder, tmp_path):
+    other = open_model(tiny_artifact(tmp_path / "b", seed=1), precision="fp32")
+    batch = images(3)
+
+    own = spurious_scores(encoder, batch[1:], batch[0])
+    same = spurious_scores(encoder, batch[1:], batch[0], against=encoder)
+    others = spurious_scores(encoder, batch[1:], batch[0], against=other)
+
+    assert torch.equal(own.fixed_pattern, same.fixed_pattern)
+    assert torch.equal(own.global_proxy, same.global_proxy)
+    assert not torch.equal(own.fixed_pattern, others.fixed_pattern)
+    assert not torch.equal(own.global_proxy, others.global_proxy)
