@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +35,8 @@ examples:
   python -m trainer --images photos --output runs/siglip --resume
 
 The artifact is OUTPUT/refined: serve it with python -m service --model OUTPUT/refined.
-Exit codes: 0 done, 2 a mistake that the message names, 75 stopped by a signal with a checkpoint
-written (go on with --resume).
+Exit codes: 0 done; 2 a mistake that the message names; 75 stopped by SIGTERM, 130 by Ctrl-C, with
+a checkpoint written (go on with --resume).
 """
 
 
@@ -155,7 +154,6 @@ def _set_up_logging(console: Console) -> None:
     for name in ("trainer", "backbone"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
-    warnings.simplefilter("default")
 
 
 def _print_summary(summary: Summary) -> None:

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from backbone.registers import Fill, draw_border
+from backbone.registers import Fill, NoiseFill, draw_border
 from trainer.config import CropsSection
 from trainer.crops import Side, sample_boxes
 
@@ -50,8 +50,9 @@ def draw_step(
     fill: Fill,
     detector_share: float,
     num_registers: int,
-    canvas: tuple[int, int],
-    consistency_canvas: tuple[int, int] | None,
+    size: int,
+    margin: int,
+    consistency_margin: int | None,
 ) -> StepDraws:
     """Draw the choices of a step.
 
@@ -62,8 +63,9 @@ def draw_step(
         fill: Of the register border.
         detector_share: Share of an image's registers that are detectors; at least one is.
         num_registers: Register tokens of an image, R.
-        canvas: (Hc, Wc) in pixels of an image with its border.
-        consistency_canvas: The same for the consistency target's crops; None before it starts.
+        size: Side of an image in pixels.
+        margin: Width of the border in pixels.
+        consistency_margin: The same around the consistency target's crops; None before it starts.
     """
     num_crops = crops.num_crops
     boxes = sample_boxes(
@@ -76,10 +78,10 @@ def draw_step(
     num_detectors = max(1, int(detector_share * num_registers + 1e-6))
     border = consistency_border = None
     if fill != "learnable":
-        border = draw_border(fill, canvas, generator=generator, batch=batch)
-        if consistency_canvas is not None:
-            consistency_border = draw_border(
-                fill, consistency_canvas, generator=generator, batch=batch * num_crops
+        border = _draw_rim(fill, size, margin, batch, generator)
+        if consistency_margin is not None:
+            consistency_border = _draw_rim(
+                fill, size, consistency_margin, batch * num_crops, generator
             )
     return StepDraws(
         boxes_BK4=boxes,
@@ -89,5 +91,27 @@ def draw_step(
         border=border,
         consistency_border=consistency_border,
         dropout_seed=int(torch.randint(2**62, (), generator=generator)),
-        with_consistency=consistency_canvas is not None,
+        with_consistency=consistency_margin is not None,
     )
+
+
+def _draw_rim(
+    fill: NoiseFill, size: int, margin: int, batch: int, generator: torch.Generator
+) -> Tensor:
+    """A border for every image, [batch, 3, size + 2 margin, size + 2 margin].
+
+    What the images will cover is left at zero: it would be nine tenths of the noise to draw.
+    """
+    side = size + 2 * margin
+    border = torch.zeros(batch, 3, side, side)
+    inside = slice(margin, margin + size)
+    for rows, columns in (
+        (slice(0, margin), slice(None)),
+        (slice(margin + size, side), slice(None)),
+        (inside, slice(0, margin)),
+        (inside, slice(margin + size, side)),
+    ):
+        part = border[:, :, rows, columns]
+        height, width = part.shape[2:]
+        part.copy_(draw_border(fill, (height, width), generator=generator, batch=batch))
+    return border

@@ -155,8 +155,9 @@ class Refiner(nn.Module):
             fill=self._fill,
             detector_share=self._filters.register_guided.detector_share,
             num_registers=self.num_registers,
-            canvas=self.canvas,
-            consistency_canvas=self._consistency_canvas() if consistent else None,
+            size=self.size,
+            margin=self.width * self.backbone.patch_size,
+            consistency_margin=self._wide * self.backbone.patch_size if consistent else None,
         )
 
     def forward(self, images_B3SS: Tensor, draws: StepDraws) -> StepOutput:
@@ -174,11 +175,10 @@ class Refiner(nn.Module):
             relations_QNC = self._consistency_target(views_Q3SS, draws)
         teacher = self._teacher_view(pixels_B3SS, views_Q3SS, draws)
 
-        matched = self._loss.matched
         scores = self._compare(teacher)
-        targets_QNC = match_targets(teacher.crop_QNC, teacher.full_BNC)
-        if not matched:
-            targets_QNC = teacher.crop_QNC
+        targets_QNC = teacher.crop_QNC
+        if self._loss.matched:
+            targets_QNC = match_targets(teacher.crop_QNC, teacher.full_BNC)
         clean_QN, shares = self._filter(scores, targets_QNC, student, teacher, draws)
 
         loss, terms = self._losses(student, teacher, targets_QNC, clean_QN, scores, draws)
@@ -358,9 +358,6 @@ class Refiner(nn.Module):
     def _features(self, pixels: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self._bf16):
             return self.backbone.encode(pixels).tokens
-
-    def _consistency_canvas(self) -> tuple[int, int]:
-        return canvas_size((self.size, self.size), self._wide, self.backbone.patch_size)
 
 
 @contextlib.contextmanager

@@ -344,6 +344,15 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         run(tmp_path, "run.max_steps=1")
 
 
+def test_resuming_a_run_that_is_done_writes_the_same_artifact_again(tmp_path):
+    summaries = [run(tmp_path, "run.max_steps=2", resume=resume) for resume in (False, True)]
+
+    assert summaries[0].metrics == summaries[1].metrics
+    manifest = load_artifact(summaries[1].artifact).manifest
+    assert manifest.data["images_seen"] == 4
+    assert [record["step"] for record in numbers(tmp_path / "out")] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -14,7 +14,7 @@ from trainer.recipe_file import field_names
 BUSY = [
     "filters.fp_gp.criterion=zscore",
     "filters.fp_gp.threshold=1.5",
-    "filters.register_guided.threshold=0.5",
+    "filters.register_guided.threshold=0.3",
     "filters.attention_hijack.layers=[0, 1]",
     "loss.lambda_con=0.4",
     "loss.uniformity=0.5",
@@ -36,7 +36,7 @@ KNOBS = [
     "filters.fp_gp.threshold=1.0",
     "filters.fp_gp.candidate_share=0.1",
     "filters.register_guided.enabled=false",
-    "filters.register_guided.threshold=0.4",
+    "filters.register_guided.threshold=0.2",
     "filters.register_guided.detector_share=0.9",
     "filters.attention_hijack.enabled=false",
     "filters.attention_hijack.variant=release",
@@ -160,6 +160,22 @@ def test_draws_are_drawn_from_the_generator_alone():
     assert one["candidates_2BKR"].shape == (2, 3, 3, refiner.num_registers)
     assert one["border"].shape == (3, 3, 96, 96)
     assert one["consistency_border"].shape == (9, 3, 192, 192)
+
+
+@pytest.mark.parametrize(("fill", "mean", "std"), [("gaussian", 0, 1), ("uniform", 0.5, 12**-0.5)])
+def test_the_border_is_noise_of_its_kind_all_around_and_different_for_every_image(fill, mean, std):
+    refiner = small_refiner(small_recipe(f"registers.fill={fill}"))
+
+    border = refiner.draw(2, progress=0, generator=torch.Generator().manual_seed(0)).border
+
+    rim = torch.ones(96, 96, dtype=torch.bool)
+    rim[16:80, 16:80] = False
+    noise = border[:, :, rim]
+    assert not border[:, :, ~rim].any()
+    assert (noise != 0).all()
+    assert not torch.equal(noise[0], noise[1])
+    assert noise.mean() == pytest.approx(mean, abs=0.02)
+    assert noise.std() == pytest.approx(std, abs=0.02)
 
 
 def test_consistency_starts_when_its_part_of_the_training_is_done():
