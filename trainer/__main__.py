@@ -30,7 +30,8 @@ recipes: {", ".join(recipe_names())}
 examples:
   python -m trainer --images photos --output runs/siglip
   python -m trainer --recipe release --images photos --output runs/dino --device cuda:0 \\
-      --backbone vit_base_patch14_dinov2.lvd142m --set registers.r_reg=37
+      --backbone vit_base_patch14_dinov2.lvd142m --set registers.r_reg=37 \\
+      --set filters.attention_hijack.enabled=false
   python -m trainer --recipe paper --set loss.lambda_uni=0 --print-recipe
   python -m trainer --images photos --output runs/siglip --resume
 
