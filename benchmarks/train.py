@@ -26,8 +26,9 @@ import psutil
 import torch
 
 from backbone import Backbone, has_bf16_matrix_units
-from trainer.config import Recipe, load_recipe
+from trainer.config import Recipe
 from trainer.lora import Adapter
+from trainer.recipe_file import load_recipe
 from trainer.refiner import Refiner
 
 Variant = Literal["shared", "separate"]
