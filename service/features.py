@@ -5,11 +5,12 @@ Dimension key: H, W = an image as sent, in pixels.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from backbone.errors import ImageError
@@ -109,20 +110,22 @@ async def features(request: Request, service: ServiceDep) -> Response:
     service.metrics.body_bytes.inc(len(body))
     stages.end("read")
     answer = FeatureRequest(service, media, kind, request.query_params.multi_items(), stages)
-    return await _unless_abandoned(answer.answer(body), request.receive, service)
+    return await _unless_abandoned(answer.answer(body), request.receive)
 
 
-async def _unless_abandoned(answer: Any, receive: Receive, service: FeatureService) -> Response:
-    """The answer; if the client hangs up first, what is left of the work is cancelled."""
+async def _unless_abandoned(answer: Coroutine[Any, Any, Response], receive: Receive) -> Response:
+    """The answer; if the client hangs up first, what is left of the work is cancelled.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
     working = asyncio.ensure_future(answer)
     leaving = asyncio.ensure_future(_until_disconnect(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            service.metrics.abandoned.inc()
-            return Response(status_code=499)  # nobody reads it; the metrics count it
-        response: Response = working.result()
-        return response
+            raise ClientDisconnect
+        return working.result()
     finally:
         leaving.cancel()
         working.cancel()

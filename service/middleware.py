@@ -6,6 +6,7 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +15,8 @@ from service.lifecycle import FeatureService
 
 logger = logging.getLogger(__name__)
 
+# Never sent: the metrics' word for a client that left before its answer.
+CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -49,6 +52,9 @@ class RequestMiddleware:
         self._service.metrics.in_flight.set(self._service.in_flight)
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            self._service.metrics.abandoned.inc()
+            status = CLIENT_CLOSED_REQUEST
         except Exception:  # the client must get a typed answer, whatever it is
             logger.exception("request %s failed", request_id)
             if status:
