@@ -18,8 +18,8 @@ from trainer.errors import RecipeError
 
 def recipe_names() -> list[str]:
     """The recipes that ship with the trainer."""
-    folder = resources.files("trainer") / "recipes"
-    return sorted(path.name.removesuffix(".toml") for path in folder.iterdir())
+    names = (path.name for path in (resources.files("trainer") / "recipes").iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
