@@ -1,0 +1,110 @@
+"""What the README shows is run."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT, running_server
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+SERVER = "http://127.0.0.1:8000"
+
+
+def blocks(language):
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def shown_output(code):
+    """The text block right after a code block."""
+    index = next(i for i, (_, text) in enumerate(BLOCKS) if text == code)
+    kind, text = BLOCKS[index + 1]
+    assert kind == "text", "every Python block is followed by its output"
+    return text
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A working folder that looks like the repository and can be written to."""
+    for name in ("examples", "models", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running_server(log, "--model", str(ROOT / "models" / "demo")) as url:
+        yield url
+
+
+def run_python(code, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_both_commands_are_make_targets():
+    for target in ("serve", "test"):
+        assert f"    make {target} " in README
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_prints_what_is_shown(code, checkout, server):
+    assert run_python(code.replace(SERVER, server), checkout) == shown_output(code)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: not run")
+@pytest.mark.parametrize("command", [text for text in blocks("sh") if "curl" in text])
+def test_curl_lines_get_an_answer(command, checkout, server):
+    done = subprocess.run(
+        ["bash", "-c", command.replace(SERVER, server)],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
+
+    if "README.md" in command:
+        assert b'"code"' in done.stdout
+    else:
+        from safetensors.torch import load_file
+
+        assert load_file(checkout / "cat.safetensors")["features.0"].shape == (28, 28, 192)
+
+
+@pytest.mark.slow
+def test_refining_what_ships_runs(checkout):
+    (command,) = [text for text in blocks("sh") if "--recipe demo" in text]
+    words = shlex.split(command)
+    assert words[:3] == [".venv/bin/python", "-m", "trainer"]
+
+    # two steps here; the number of steps is the only thing changed
+    subprocess.run(
+        [sys.executable, *words[1:], "--set", "run.max_steps=2"],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+
+    assert (checkout / "runs" / "demo" / "refined" / "model.safetensors").is_file()
+
+
+def test_files_that_are_linked_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [link for link in links if not link.startswith("http")]
+
+    assert local
+    for link in local:
+        assert (ROOT / link).exists(), link
