@@ -1,0 +1,1 @@
+"""Measures backbones: `python -m trainer.evaluate`."""
