@@ -163,3 +163,60 @@ def _image_positions(encoder: DenseEncoder, features: DenseFeatures) -> Tensor:
     width = encoder.register_width(h * p, w * p)
     is_image = ~register_mask(features.grid, width, encoder.device)
     return encoder.backbone.num_prefix_tokens + is_image.nonzero().flatten()
+
+
+class SpuriousReport(NamedTuple):
+    """Shares of one backbone, or of a refined one beside its raw one."""
+
+    num_images: int
+    size: int
+    thresholds: Thresholds
+    channels: tuple[int, ...]
+    shares: dict[str, SpuriousShares]
+    """With a baseline `raw`, `refined, raw patterns`, `refined, own patterns`; else `model`."""
+
+
+def compare_spurious(
+    encoder: DenseEncoder,
+    baseline: DenseEncoder | None,
+    images: Sequence[Tensor],
+    reference: Tensor,
+    *,
+    sigma: float | None = None,
+    threshold: float = 0.5,
+    channels: Sequence[int] = (),
+    attention_layers: Sequence[int] = (),
+) -> SpuriousReport:
+    """Count spurious tokens of a backbone, and of the raw one it was refined from.
+
+    Args:
+        encoder: The backbone.
+        baseline: The raw one; it sets the thresholds and the patterns.
+        images, reference: See `spurious_scores`.
+        sigma: Thresholds are the raw backbone's mean score plus so many deviations.
+        threshold: Cosine for both kinds, without `sigma`.
+        channels, attention_layers: See `spurious_scores`.
+    """
+
+    def score(of: DenseEncoder, against: DenseEncoder | None = None) -> SpuriousScores:
+        return spurious_scores(
+            of,
+            images,
+            reference,
+            against=against,
+            channels=channels,
+            attention_layers=attention_layers,
+        )
+
+    first = score(baseline or encoder)
+    thresholds = (
+        Thresholds(threshold, threshold) if sigma is None else Thresholds.of_scores(first, sigma)
+    )
+    scores = {"model" if baseline is None else "raw": first}
+    if baseline is not None:
+        scores["refined, raw patterns"] = score(encoder, baseline)
+        scores["refined, own patterns"] = score(encoder)
+    shares = {name: spurious_shares(of, thresholds) for name, of in scores.items()}
+    return SpuriousReport(
+        len(images), int(images[0].shape[-1]), thresholds, tuple(channels), shares
+    )
