@@ -25,12 +25,14 @@ from backbone.preprocess import normalize
 from backbone.registers import strip, surround
 from trainer.card import model_card
 from trainer.channels import find_channel_mask
-from trainer.checkpoint import Checkpoint, check_same_run, load_checkpoint
+from trainer.checkpoint import check_same_run
 from trainer.config import Recipe
+from trainer.crops import strip_width
 from trainer.data import BadImages, ImageFolder, square_image
-from trainer.errors import CheckpointError, DataError
-from trainer.loop import Identity, Loop, StopRequest, checkpoint_path
+from trainer.errors import DataError
+from trainer.loop import Identity, Loop, StopRequest
 from trainer.lora import Adapter
+from trainer.place import ARTIFACT_FOLDER, find_checkpoint, make_folder
 from trainer.preview import draw_preview
 from trainer.record import memory_gib, read_metrics
 from trainer.reference_image import SHIPPED
@@ -38,7 +40,6 @@ from trainer.refiner import Refiner
 
 logger = logging.getLogger(__name__)
 
-ARTIFACT_FOLDER = "refined"
 # Recipe fields that change no number of a run: a resumed run may have others.
 _FREE_TO_CHANGE = {
     "backbone": {"name", "weights"},  # the digest of the weights is compared instead
@@ -81,11 +82,12 @@ def refine(
         TrainerError, ModelError, ImageError: what the user can mend.
         Interrupted: the run was asked to stop; it can be resumed.
     """
-    checkpoint = _checkpoint(output, resume)
+    checkpoint = find_checkpoint(output, images, resume=resume)
     folder = ImageFolder.scan(images, seed=recipe.run.seed, max_images=recipe.data.max_images)
     bad = BadImages(skip=skip_bad_images)
     backbone = _load_backbone(recipe)
     size = _training_size(recipe, backbone)
+    make_folder(output)
     identity = Identity(
         recipe=_comparable(recipe),
         data=folder.fingerprint(),
@@ -98,7 +100,6 @@ def refine(
         channels = checkpoint.channels
     else:
         channels = _channel_mask(backbone, recipe, folder, bad, size=size, bf16=bf16)
-    output.mkdir(parents=True, exist_ok=True)
 
     adapter = Adapter.attach(backbone, recipe.lora, seed=recipe.run.seed)
     if recipe.run.gradient_checkpointing:
@@ -146,27 +147,17 @@ def refine(
     )
 
 
-def _checkpoint(output: Path, resume: bool) -> Checkpoint | None:
-    path = checkpoint_path(output)
-    if resume:
-        if path.is_file():
-            return load_checkpoint(path)
-        logger.warning("no checkpoint in %s: starting from step 0", output)
-    elif path.exists() or (output / ARTIFACT_FOLDER).exists():
-        raise CheckpointError(
-            f"{output} holds an earlier run; continue it with --resume, or choose another --output"
-        )
-    return None
-
-
 def _load_backbone(recipe: Recipe) -> Backbone:
     section = recipe.backbone
-    return Backbone.load(
-        section.name,
-        weights=Path(section.weights) if section.weights else None,
-        random_weights=section.random_weights,
-        dense_norm=section.dense_norm,
-    )
+    with torch.random.fork_rng(devices=[]):
+        # Random weights are not in the checkpoint either: a resumed run must draw the same again.
+        torch.manual_seed(recipe.run.seed)
+        return Backbone.load(
+            section.name,
+            weights=Path(section.weights) if section.weights else None,
+            random_weights=section.random_weights,
+            dense_norm=section.dense_norm,
+        )
 
 
 def _training_size(recipe: Recipe, backbone: Backbone) -> int:
@@ -177,7 +168,13 @@ def _training_size(recipe: Recipe, backbone: Backbone) -> int:
             "set data.size"
         )
     size = recipe.data.size or height
-    backbone.grid(size, size)
+    side, _ = backbone.grid(size, size)
+    strip = strip_width(side, recipe.crops.strip_share)
+    if strip > side:
+        raise ImageSizeError(
+            f"an image of {size}x{size} px is {side} patches wide, and the reference strip beside "
+            f"its crops {strip}; set data.size higher or crops.strip_share lower"
+        )
     return size
 
 

@@ -64,10 +64,11 @@ def test_random_weights_are_used_when_asked_for_by_name(tmp_path, capsys):
     without = main(command(tmp_path, *model, settings=settings))
     message = capsys.readouterr().err
     code = main(command(tmp_path, *model, "--random-weights", settings=settings))
+    again = main(command(tmp_path, *model, "--random-weights", "--resume", settings=settings))
 
     assert without == 2
     assert "--random-weights" in message
-    assert code == 0
+    assert (code, again) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,8 @@ def test_random_weights_are_used_when_asked_for_by_name(tmp_path, capsys):
         (["--device", "mps"], "device mps is not supported"),
         (["--device", "cuda:99"], "device cuda:99 is not here"),
         (["--set", "data.size=60"], "not a whole number of 16 px patches; resize to 64x64"),
+        (["--set", "data.size=16"], "set data.size higher"),
+        (["--set", "crops.strip_share=1", "--set", "data.size=48"], "reference strip beside"),
         (["--set", "filters.attention_hijack.layers=[7, 8]"], "layers 7..8, but the backbone's"),
         (["--weights", "/no/weights.pt"], "/no/weights.pt"),
     ],
