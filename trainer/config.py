@@ -20,6 +20,7 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -52,7 +53,7 @@ class RegistersSection(Section):
     """How the border width is rounded; the release uses `floor`."""
     fill: Fill = "gaussian"
     """What the border's pixels are: noise, `zeros` (release), or `learnable` (an ablation)."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the border that the artifact is served with."""
 
 
@@ -255,7 +256,7 @@ class DataSection(Section):
 class RunSection(Section):
     """What does not change the method."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of everything random in a run."""
     max_steps: Count | None = None
     """Optimiser steps at most; none: as many as `data.epochs` makes."""

@@ -46,14 +46,16 @@ class ImageFolder:
     def scan(cls, root: str | Path, *, seed: int, max_images: int | None) -> Self:
         """Find the images under `root`, and choose `max_images` of them if there are more.
 
+        Links to files are followed, links to folders are not.
+
         Raises:
-            DataError: not a folder, or no images in it.
+            DataError: not a folder, no images in it, or a folder below it that cannot be listed.
         """
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{root} is not a folder; give a folder of images")
         found: list[Path] = []
-        for folder, folders, names in os.walk(root):
+        for folder, folders, names in os.walk(root, onerror=_refuse_unlisted):
             folders.sort()
             found += [Path(folder, n) for n in names if Path(n).suffix.lower() in SUFFIXES]
         found.sort(key=lambda path: path.relative_to(root).as_posix())
@@ -74,14 +76,23 @@ class ImageFolder:
         """SHA-256 over names, relative to the folder, and sizes in bytes."""
         digest = hashlib.sha256()
         for path in self.files:
-            digest.update(f"{path.relative_to(self.root).as_posix()}\t".encode())
-            digest.update(f"{path.stat().st_size}\n".encode())
+            digest.update(os.fsencode(path.relative_to(self.root)) + b"\t")
+            # A link to nowhere is an unreadable image, which is met when it is its turn.
+            size = path.stat().st_size if path.exists() else -1
+            digest.update(f"{size}\n".encode())
         return digest.hexdigest()
 
     def order(self, epoch: int, seed: int) -> list[int]:
         """The order in which an epoch goes through the files."""
         generator = torch.Generator().manual_seed((seed << 24) + epoch + 1)
         return torch.randperm(len(self), generator=generator).tolist()
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise DataError(
+        f"the folder {error.filename} cannot be listed ({error.strerror}); make it readable, or "
+        "move it away"
+    ) from error
 
 
 class Batch(NamedTuple):

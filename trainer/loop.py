@@ -1,5 +1,6 @@
 """The training loop: accumulate, clip, refuse what is not finite, step, record, checkpoint."""
 
+import contextlib
 import logging
 import math
 import signal
@@ -147,7 +148,7 @@ class Loop:
             position=progress.position,
         )
         self.refiner.train()
-        with recorder:
+        with recorder, contextlib.closing(stream):
             while progress.step < self.num_steps and stop.signum is None:
                 started = time.monotonic()
                 values = self._step(stream)
@@ -161,7 +162,6 @@ class Loop:
                 recorder.step(progress.step, values)
                 if progress.step % run.checkpoint_every == 0:
                     self.save()
-        stream.close()
         self.save()
         if stop.signum is not None and progress.step < self.num_steps:
             raise Interrupted(stop.signum, progress.step)
@@ -203,8 +203,8 @@ class Loop:
         if bad:
             raise NonFiniteError(
                 f"step {self.progress.step + 1}: {', '.join(bad)} not finite, so the step was not "
-                "taken; lower optim.lr, or try run.precision=fp32. The last checkpoint is of an "
-                "earlier step"
+                "taken; start anew in another --output with a lower optim.lr, or with "
+                "run.precision=fp32"
             )
 
     def save(self) -> None:

@@ -1,5 +1,6 @@
 import itertools
 import logging
+import os
 
 import pytest
 import torch
@@ -98,6 +99,39 @@ def test_batches_continue_from_any_position(tmp_path, start):
     for ours, theirs in zip(rest, whole[start:], strict=True):
         assert ours.position == theirs.position
         assert torch.equal(ours.images, theirs.images)
+
+
+def test_a_link_to_nowhere_is_an_unreadable_image(tmp_path):
+    image_folder(tmp_path, count=2, side=8)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    folder = scan(tmp_path)
+
+    assert len(folder.fingerprint()) == 64
+    with pytest.raises(DataError, match=r"gone\.png"):
+        take(folder, 2)
+
+
+def test_file_names_need_not_be_unicode(tmp_path):
+    image_folder(tmp_path, count=1, side=8)
+    os.rename(tmp_path / "000.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+
+    assert len(scan(tmp_path).fingerprint()) == 64
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    image_folder(tmp_path / "images", count=1, side=8)
+    (tmp_path / "images" / "locked").mkdir()
+    listed = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    with pytest.raises(DataError, match="locked cannot be listed"):
+        scan(tmp_path / "images")
 
 
 @pytest.mark.parametrize("content", [b"no image at all", b""])
