@@ -151,7 +151,8 @@ def save_artifact(
         preview: Bytes of preview.png.
 
     Raises:
-        ArtifactError: something else is at `folder`, or adapter layers are left in the backbone.
+        ArtifactError: something else is at `folder`, adapter layers are left in the backbone, or
+            weights are too large for `weights_dtype`.
     """
     folder = Path(folder)
     if folder.exists() and not is_artifact(folder):
@@ -272,13 +273,20 @@ def _stored_weights(backbone: Backbone, dtype: torch.dtype) -> dict[str, Tensor]
         raise ArtifactError(
             f"adapter layers are not merged, for example {left[0]}; merge them first"
         )
-    return {
+    stored = {
         name: tensor.detach()
         .cpu()
         .to(dtype if tensor.is_floating_point() else tensor.dtype)
         .clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ArtifactError(
+                f"the weights {name} are not finite in {dtype}; float16 ends at 65504: store them "
+                "in bfloat16 or float32"
+            )
+    return stored
 
 
 def _border_state(learned: LearnableBorder) -> dict[str, Tensor]:
@@ -339,5 +347,10 @@ def _replace(temporary: Path, folder: Path) -> None:
         return
     retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     folder.rename(retired / folder.name)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        (retired / folder.name).rename(folder)
+        retired.rmdir()
+        raise
     shutil.rmtree(retired)

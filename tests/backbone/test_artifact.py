@@ -66,9 +66,7 @@ def test_the_manifest_keeps_everything_that_was_given(tmp_path):
     assert manifest.recipe == {"optim": {"lr": 1e-4}}
     assert manifest.data == {"num_images": 3}
     assert manifest.metrics == {"miou": 0.5}
-    assert (
-        manifest.versions["torch"] == torch.__version__.split("+")[0] or manifest.versions["torch"]
-    )
+    assert manifest.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (folder / "preview.png").read_bytes() == b"png"
 
 
@@ -155,6 +153,39 @@ def test_an_older_artifact_is_replaced_and_nothing_else_is_overwritten(tmp_path)
     (tmp_path / "notes").mkdir()
     with pytest.raises(ArtifactError, match="is not an artifact"):
         tiny_artifact(tmp_path / "notes")
+
+
+def test_an_older_artifact_survives_when_its_place_cannot_be_taken(tmp_path, monkeypatch):
+    tiny_artifact(tmp_path / "a", seed=0)
+    digest = load_artifact(tmp_path / "a").manifest.digest
+    rename = type(tmp_path).rename
+
+    def fail_once(path, target):
+        if path.name.startswith(".a.") and target.name == "a":
+            raise OSError("no space left")
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", fail_once)
+    with pytest.raises(OSError, match="no space left"):
+        tiny_artifact(tmp_path / "a", seed=1)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert load_artifact(tmp_path / "a").manifest.digest == digest
+
+
+def test_weights_beyond_half_precision_are_not_stored_as_infinity(tmp_path):
+    backbone = tiny_backbone()
+    backbone.vit.norm.weight.data[0] = 1e5
+
+    with pytest.raises(ArtifactError, match=r"norm\.weight are not finite in torch\.float16"):
+        save_artifact(
+            tmp_path / "a",
+            backbone,
+            border=RegisterBorder(),
+            model_card="",
+            weights_dtype=torch.float16,
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path):
