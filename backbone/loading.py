@@ -18,6 +18,8 @@ def build_timm_model(
 ) -> tuple[nn.Module, str]:
     """A timm vision transformer without classifier, and its architecture name.
 
+    The name carries the tag of timm's weights (`.lvd142m`) when it is those that were loaded.
+
     Args:
         spec: timm model name, `local-dir:PATH`, or a folder in timm's local-dir format.
         weights: Checkpoint file for the named model.
@@ -64,8 +66,9 @@ def build_timm_model(
         raise
     config: dict[str, Any] = vit.pretrained_cfg  # type: ignore[assignment]
     architecture = str(config.get("architecture") or spec)
-    tag = config.get("tag")
-    return vit.eval(), f"{architecture}.{tag}" if tag and path is None else architecture
+    has_timms_weights = path is None and weights is None and not random_weights
+    tag = config.get("tag") if has_timms_weights else None
+    return vit.eval(), f"{architecture}.{tag}" if tag else architecture
 
 
 def _folder(spec: str) -> Path | None:

@@ -1,5 +1,6 @@
 """README.md of an artifact: the model card."""
 
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -53,13 +54,12 @@ def model_card(loop: Loop, metrics: dict[str, float]) -> str:
     """The text of the card of a run that is done; measured quality is for others to add."""
     refiner, recipe, progress = loop.refiner, loop.recipe, loop.progress
     backbone = refiner.backbone
-    config: Any = backbone.vit.pretrained_cfg
-    licence = str(config.get("license") or "")
+    base, licence = _base_weights(loop)
     shown = [n for n in metrics if n in _SHOWN or n.startswith("clean_")]
     return _CARD.substitute(
         backbone=backbone.name,
         recipe=recipe.name,
-        base=recipe.backbone.name,
+        base=base,
         license=licence or "other",
         license_words=licence or "not stated in the weights' configuration; see their source",
         mean=tuple(round(value, 4) for value in backbone.mean),
@@ -77,3 +77,14 @@ def model_card(loop: Loop, metrics: dict[str, float]) -> str:
         seed=recipe.run.seed,
         metrics="\n".join(f"| {name.replace('_', ' ')} | {metrics[name]:.4f} |" for name in shown),
     )
+
+
+def _base_weights(loop: Loop) -> tuple[str, str]:
+    """What was refined, and its licence where the weights came with one."""
+    section = loop.recipe.backbone
+    if section.weights is not None:
+        return f"{section.name}, {Path(section.weights).name}", ""
+    if section.random_weights:
+        return f"{section.name}, random weights", ""
+    config: Any = loop.refiner.backbone.vit.pretrained_cfg
+    return section.name, str(config.get("license") or "")

@@ -188,7 +188,9 @@ def test_loads_a_weights_file_through_timms_converter(tmp_path):
 def test_random_weights_come_only_when_asked_for():
     with pytest.raises(ModelNotFoundError, match="--random-weights"):
         Backbone.load("vit_tiny_patch16_224.augreg_in21k")
-    assert Backbone.load("vit_tiny_patch16_224", random_weights=True).embed_dim == 192
+    backbone = Backbone.load("vit_tiny_patch16_224.augreg_in21k", random_weights=True)
+    assert backbone.embed_dim == 192
+    assert backbone.name == "vit_tiny_patch16_224"  # the tag is of weights that it does not have
 
 
 @pytest.mark.slow

@@ -69,6 +69,8 @@ def test_random_weights_are_used_when_asked_for_by_name(tmp_path, capsys):
     assert without == 2
     assert "--random-weights" in message
     assert (code, again) == (0, 0)
+    card = (tmp_path / "out" / "refined" / "README.md").read_text()
+    assert "random weights`; licence: not stated" in card
 
 
 @pytest.mark.parametrize(
