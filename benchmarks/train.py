@@ -65,6 +65,7 @@ class _Swapped:
 
     def train_dropout(self, mode: bool) -> None:
         self._dropout(mode)
+        self._refiner._teacher.eval()  # the refiner's own `train` reached it
 
 
 def run_once(arguments: argparse.Namespace, variant: Variant) -> dict[str, Any]:
