@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         console.print(
             f"[bold red]error:[/] out of memory: {escape(str(error).splitlines()[0])}\n"
-            "lower data.batch_size and raise data.accumulate by the same factor, or set "
-            "run.gradient_checkpointing=true; go on with --resume only under the same recipe",
+            "set run.gradient_checkpointing=true, with which --resume may go on; or start anew "
+            "with a lower data.batch_size, and data.accumulate higher by the same factor",
             soft_wrap=True,
         )
         return EXIT_USER_ERROR

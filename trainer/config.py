@@ -196,7 +196,7 @@ class ChannelsSection(Section):
 class LoraSection(Section):
     """The adapter, on every linear layer of the blocks."""
 
-    rank: Count = 8
+    rank: int = Field(8, ge=1, le=1024)
     """Rank of an update."""
     alpha: Positive = 16.0
     """Updates are scaled by alpha / rank."""

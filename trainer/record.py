@@ -58,10 +58,10 @@ class Recorder:
         self._num_steps = num_steps
         self._path = output / METRICS_FILE
         kept = [line for line in read_metrics(output) if line["step"] <= first_step]
-        self._file = self._path.open("w")
-        for line in kept:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        rewritten = self._path.with_name(f".{METRICS_FILE}")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten.replace(self._path)  # at once: a run killed here must not lose its records
+        self._file = self._path.open("a")
         self._board = _tensorboard(output, first_step) if section.tensorboard else None
         self._has_bar = console.is_terminal
         self._bar = Progress(

@@ -44,7 +44,14 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = {
     "backbone": {"name", "weights"},  # the digest of the weights is compared instead
     "data": {"workers"},
-    "run": {"checkpoint_every", "log_every", "tensorboard", "preview_images", "weights_dtype"},
+    "run": {
+        "checkpoint_every",
+        "gradient_checkpointing",
+        "log_every",
+        "preview_images",
+        "tensorboard",
+        "weights_dtype",
+    },
 }
 # Values of the last steps are averaged into the artifact's metrics.
 _METRIC_STEPS = 20
@@ -87,6 +94,7 @@ def refine(
     bad = BadImages(skip=skip_bad_images)
     backbone = _load_backbone(recipe)
     size = _training_size(recipe, backbone)
+    reference = _reference(recipe, size)
     make_folder(output)
     identity = Identity(
         recipe=_comparable(recipe),
@@ -109,7 +117,7 @@ def refine(
         adapter,
         recipe,
         size=size,
-        reference_3SS=_reference(recipe, size),
+        reference_3SS=reference,
         channels=channels,
         bf16=bf16,
     ).to(device)
