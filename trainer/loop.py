@@ -20,7 +20,7 @@ from trainer.config import Recipe
 from trainer.data import BadImages, Batch, ImageFolder, batches
 from trainer.errors import NonFiniteError
 from trainer.optim import lr_factor, make_optimizer, set_lr
-from trainer.record import Recorder, memory_gib
+from trainer.record import METRICS_FILE, Recorder, memory_gib
 from trainer.refiner import Refiner
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class Loop:
             self._trained.items(), recipe.optim, global_batch=recipe.global_batch
         )
         self._generator = torch.Generator().manual_seed(recipe.run.seed)
+        self._was_unfiltered = False
 
     @property
     def checkpoint_path(self) -> Path:
@@ -193,6 +194,7 @@ class Loop:
         means = torch.cat([table.mean(dim=0), norm.detach().float()[None]]).tolist()
         values = dict(zip([*names, "grad_norm"], means, strict=True))
         self._refuse_non_finite(values)
+        self._note_unfiltered(values["clean"])
         self._optimizer.step()
         progress.step += 1
         progress.position = position
@@ -205,6 +207,18 @@ class Loop:
                 f"step {self.progress.step + 1}: {', '.join(bad)} not finite, so the step was not "
                 "taken; start anew in another --output with a lower optim.lr, or with "
                 "run.precision=fp32"
+            )
+
+    def _note_unfiltered(self, clean: float) -> None:
+        """Say once that a step had to learn from spurious tokens too."""
+        if clean == 0 and not self._was_unfiltered:
+            self._was_unfiltered = True
+            logger.warning(
+                "step %d: the filters left no crop token, so all of them were used; if `clean` in "
+                "%s stays near 0, the thresholds do not fit this backbone: try "
+                "filters.fp_gp.criterion=zscore",
+                self.progress.step + 1,
+                METRICS_FILE,
             )
 
     def save(self) -> None:

@@ -219,6 +219,20 @@ def test_steps_after_the_last_checkpoint_are_not_recorded_twice(tmp_path):
     assert [record["step"] for record in numbers(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(("threshold", "warnings"), [(-1.0, 1), (1.0, 0)])
+def test_steps_without_one_clean_token_are_said_once(tmp_path, caplog, threshold, warnings):
+    settings = [
+        f"filters.fp_gp.threshold={threshold}",
+        "filters.register_guided.enabled=false",
+        "filters.attention_hijack.enabled=false",
+    ]
+
+    train(make_loop(tmp_path, *settings))
+
+    assert len(numbers(tmp_path / "out")) == 6
+    assert caplog.text.count("the filters left no crop token") == warnings
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_terms_named(tmp_path, broken):
     loop = make_loop(tmp_path, "data.epochs=2")
