@@ -183,7 +183,7 @@ class ChannelsSection(Section):
     """Channels masked at most; 0 switches the search off."""
     num_images: int = Field(64, ge=2)
     """Images in the bank; fewer where there are fewer."""
-    num_tokens: Count = 128
+    num_tokens: int = Field(128, ge=2)
     """Random tokens of each image; fewer where an image has fewer."""
     threshold: Cosine = 0.2
     """Cross-image cosine that is low enough."""

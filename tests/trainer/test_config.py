@@ -68,6 +68,7 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_file_named(tmp_path):
         ("optim.lr=nan", "finite number"),
         ("run.seed=1099511627776", "run.seed: .*less than 4294967296"),
         ("lora.rank=100000", "lora.rank: .*less than or equal to 1024"),
+        ("channels.num_tokens=1", "channels.num_tokens: .*greater than or equal to 2"),
         ("registers.seed=-1", "registers.seed: .*greater than or equal to 0"),
         ("loss", "not section.key=value"),
         ("loss.temperature.x=1", "temperature"),
