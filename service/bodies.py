@@ -65,30 +65,45 @@ def body_kind(content_type: str | None) -> BodyKind:
 
 
 async def read_body(
-    chunks: AsyncIterator[bytes], *, content_length: str | None, max_bytes: int
+    chunks: AsyncIterator[bytes], *, max_bytes: int, declared: str | None, waits: bool = False
 ) -> bytes:
     """The whole body; refused by its declared length, or as soon as too much has arrived.
+
+    Most clients read no answer before they have sent everything, and report a broken connection
+    instead. So a body that is up to twice too large is received, but not kept, before it is
+    refused.
+
+    Args:
+        max_bytes: Largest body that is taken.
+        declared: `Content-Length` as sent.
+        waits: The client waits for a go-ahead (`Expect: 100-continue`); it gets the refusal.
 
     Raises:
         BodyTooLargeError: more than `max_bytes`.
     """
-    if content_length is not None and content_length.isdecimal():
-        _check_length(int(content_length[:20]), max_bytes)
+    num_bytes = int(declared[:20]) if declared is not None and declared.isdecimal() else 0
+    if num_bytes > (max_bytes if waits else 2 * max_bytes):
+        raise _too_large(num_bytes, max_bytes)
     received: list[bytes] = []
     num_bytes = 0
     async for chunk in chunks:
         num_bytes += len(chunk)
-        _check_length(num_bytes, max_bytes)
-        received.append(chunk)
+        if num_bytes > 2 * max_bytes:
+            break
+        if num_bytes > max_bytes:
+            received.clear()
+        else:
+            received.append(chunk)
+    if num_bytes > max_bytes:
+        raise _too_large(num_bytes, max_bytes)
     return b"".join(received)
 
 
-def _check_length(num_bytes: int, max_bytes: int) -> None:
-    if num_bytes > max_bytes:
-        raise BodyTooLargeError(
-            f"the body has {num_bytes} bytes or more, {max_bytes} are allowed; "
-            "send fewer or smaller images"
-        )
+def _too_large(num_bytes: int, max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"the body has {num_bytes} bytes or more, {max_bytes} are allowed; "
+        "send fewer or smaller images"
+    )
 
 
 def parse_payload(kind: BodyKind, body: bytes, *, max_images: int) -> Payload:

@@ -46,7 +46,7 @@ FEATURE_ERRORS = (
 router = APIRouter()
 
 
-def get_service(request: Request) -> FeatureService:
+async def get_service(request: Request) -> FeatureService:  # a plain function costs a thread
     service: FeatureService = request.app.state.service
     return service
 
@@ -104,8 +104,9 @@ async def features(request: Request, service: ServiceDep) -> Response:
     kind = body_kind(request.headers.get("content-type"))
     body = await read_body(
         request.stream(),
-        content_length=request.headers.get("content-length"),
         max_bytes=service.settings.max_body_bytes,
+        declared=request.headers.get("content-length"),
+        waits="100-continue" in request.headers.get("expect", ""),
     )
     service.metrics.body_bytes.inc(len(body))
     stages.end("read")

@@ -1,9 +1,9 @@
 """What every request gets: an id, the model's digest, counting, and a typed answer to any fault."""
 
 import logging
+import random
 import re
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -96,4 +96,4 @@ def error_response(error: ServiceError, request_id: str, service: FeatureService
 def request_id_of(scope: Scope) -> str:
     """The client's `x-request-id` when it is fit for a log line, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"

@@ -35,6 +35,7 @@ MEDIA_TYPES: tuple[MediaType, ...] = (
     "application/json",
 )
 MAX_JSON_VALUES = 1_000_000
+_JOIN_BYTES = 512 * 1024
 
 _TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 _SAFETENSORS_DTYPES: dict[Dtype, str] = {"float16": "F16", "float32": "F32"}
@@ -155,10 +156,13 @@ def serialise(
         InvalidOptionError: images that one npy array cannot hold.
     """
     if media == "application/x-safetensors":
-        return _safetensors(images, options, source)
-    if media == "application/x-npy":
-        return _npy(images, options, source)
-    return _json(images, options, source)
+        parts = _safetensors(images, options, source)
+    elif media == "application/x-npy":
+        parts = _npy(images, options, source)
+    else:
+        parts = _json(images, options, source)
+    # A system call per part costs more than copying a small answer into one.
+    return [b"".join(parts)] if sum(map(len, parts)) < _JOIN_BYTES else parts
 
 
 def tensor_name(image: int, layer: int, source: Source) -> str:

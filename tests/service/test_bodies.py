@@ -29,10 +29,8 @@ async def chunks(*parts):
         yield part
 
 
-def read(*parts, content_length=None, max_bytes=10):
-    return asyncio.run(
-        read_body(chunks(*parts), content_length=content_length, max_bytes=max_bytes)
-    )
+def read(*parts, max_bytes=10, declared=None, **options):
+    return asyncio.run(read_body(chunks(*parts), max_bytes=max_bytes, declared=declared, **options))
 
 
 @pytest.mark.parametrize(
@@ -64,19 +62,26 @@ def test_multipart_needs_a_boundary():
 
 def test_a_body_is_read_whole():
     assert read(b"abc", b"", b"defg") == b"abcdefg"
-    assert read(b"a" * 10, content_length="10") == b"a" * 10
+    assert read(b"a" * 10, declared="10") == b"a" * 10
 
 
-def test_a_declared_length_is_refused_before_anything_is_read():
+@pytest.mark.parametrize(("declared", "waits"), [("21", False), ("9" * 50, False), ("11", True)])
+def test_a_declared_length_is_refused_before_anything_is_read(declared, waits):
     async def never():
         raise AssertionError("the body was read")
         yield b""
 
-    with pytest.raises(errors.BodyTooLargeError, match="11 bytes"):
-        asyncio.run(read_body(never(), content_length="11", max_bytes=10))
+    with pytest.raises(errors.BodyTooLargeError):
+        asyncio.run(read_body(never(), max_bytes=10, declared=declared, waits=waits))
 
 
-def test_a_body_of_unknown_length_is_refused_as_soon_as_too_much_has_come():
+@pytest.mark.parametrize("declared", [None, "14", "nonsense"])
+def test_a_body_that_is_little_too_large_is_received_and_refused(declared):
+    with pytest.raises(errors.BodyTooLargeError, match="14 bytes"):
+        read(b"a" * 7, b"b" * 7, declared=declared)
+
+
+def test_a_body_without_end_is_refused_while_it_arrives():
     taken = []
 
     async def endless():
@@ -85,8 +90,8 @@ def test_a_body_of_unknown_length_is_refused_as_soon_as_too_much_has_come():
             yield b"abcd"
 
     with pytest.raises(errors.BodyTooLargeError):
-        asyncio.run(read_body(endless(), content_length=None, max_bytes=10))
-    assert len(taken) == 3
+        asyncio.run(read_body(endless(), max_bytes=10, declared=None))
+    assert len(taken) == 6
 
 
 def test_an_image_body_is_the_image():

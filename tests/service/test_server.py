@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import httpx2 as httpx
 import psutil
@@ -129,6 +131,16 @@ def test_truncated_and_lying_requests_leave_the_service_alive(server):
     wait_for(lambda: counter(server, "requests_in_flight") == 0)
     assert counter(server, 'requests_total{route="/features",status="499"}') == 2
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_client_that_sends_before_it_listens_still_hears_why_it_was_refused(server):
+    request = urllib.request.Request(server.url + "/features", bytes(40 * MIB), PNG)
+
+    with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(request):
+        pass
+
+    with caught.value as answer:
+        assert json.load(answer)["error"]["code"] == "body_too_large"
 
 
 def test_a_client_that_hangs_up_costs_no_forward(server_process):
