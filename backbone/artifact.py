@@ -178,7 +178,6 @@ def save_artifact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        temporary.chmod(0o755)
         save_config_for_hf(backbone.vit, str(temporary / "config.json"))
         save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         if learned_border is not None:
@@ -190,6 +189,7 @@ def save_artifact(
             (temporary / "preview.png").write_bytes(preview)
         if adapter is not None:
             shutil.copytree(adapter, temporary / "adapter")
+        _make_readable(temporary)
         _sync(temporary)
         _replace(temporary, folder)
     except BaseException:
@@ -329,6 +329,13 @@ def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     if len(values) != 3:
         raise ArtifactError(f"{len(values)} input channels; only RGB backbones are supported")
     return values[0], values[1], values[2]
+
+
+def _make_readable(folder: Path) -> None:
+    """What temporary files and safetensors leave is for the owner alone; servers run as others."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _sync(folder: Path) -> None:

@@ -80,6 +80,17 @@ def test_the_adapter_folder_is_copied(tmp_path):
     assert (folder / "adapter" / "adapter_config.json").read_text() == "{}"
 
 
+def test_others_may_read_an_artifact(tmp_path):
+    adapter = tmp_path / "lora"
+    adapter.mkdir(mode=0o700)
+
+    folder = tiny_artifact(tmp_path / "a", adapter=adapter)
+
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "adapter").stat().st_mode & 0o777 == 0o755
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_changed_weight_is_noticed(tmp_path):
     folder = tiny_artifact(tmp_path / "a")
     state = load_file(folder / "model.safetensors")
