@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings) -> int:
+    # Threads of a forward that spin while they wait would take the cores from those that decode;
+    # read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Here, so that --help and a mistyped flag answer without loading torch.
     from backbone.errors import RefineryError
     from service.app import create_app
@@ -40,11 +43,17 @@ def _serve(settings: Settings) -> int:
     app = create_app(settings)
     server = DrainingServer(app, settings)
     server.run()
-    failure = app.state.service.failure
-    if isinstance(failure, RefineryError):
-        sys.stderr.write(f"error: {failure}\n")
-        return _USAGE_STATUS
-    return server.exit_status
+    service = app.state.service
+    status = server.exit_status
+    if isinstance(service.failure, RefineryError | SettingsError):
+        sys.stderr.write(f"error: {service.failure}\n")
+        status = _USAGE_STATUS
+    if any(engine.is_alive for engine in service.engines):
+        # The interpreter would be torn down under a thread that is inside torch, and abort.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

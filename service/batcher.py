@@ -54,7 +54,7 @@ class Batcher:
     """A queue of images that hands out batches; safe to use from any thread."""
 
     def __init__(self, batch_tokens: int, metrics: Metrics) -> None:
-        self._batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens
         self._metrics = metrics
         self._queue: deque[QueuedImage] = deque()
         self._queued_tokens = 0
@@ -67,7 +67,7 @@ class Batcher:
         Raises:
             BatcherClosedError: after `close`.
         """
-        assert image.num_tokens <= self._batch_tokens, "the request checks the size of its images"
+        assert image.num_tokens <= self.batch_tokens, "the request checks the size of its images"
         with self._changed:
             if self._is_closed:
                 raise BatcherClosedError
@@ -110,7 +110,7 @@ class Batcher:
         while self._queue:
             image = self._queue.popleft()
             if group is not None and (
-                image.group != group or tokens + image.num_tokens > self._batch_tokens
+                image.group != group or tokens + image.num_tokens > self.batch_tokens
             ):
                 left_over.append(image)
                 continue

@@ -55,10 +55,15 @@ class Engine:
     @property
     def is_ready(self) -> bool:
         """Loaded, warmed up and alive."""
-        return self.warm_up is not None and self._thread.is_alive()
+        return self.warm_up is not None and self.is_alive
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs: it loads, encodes, or waits for images."""
+        return self._thread.is_alive()
 
     def join(self, timeout_seconds: float) -> None:
         self._thread.join(timeout_seconds)
@@ -67,7 +72,7 @@ class Engine:
         try:
             torch.set_num_threads(self._num_threads)
             self.encoder = self._open_encoder()
-            self.warm_up = warm_up(self.encoder)
+            self.warm_up = warm_up(self.encoder, max_tokens=self._batcher.batch_tokens)
             self._on_ready()
             while batch := self._batcher.next_batch():
                 self._answer_or_fail(batch)

@@ -17,11 +17,13 @@ from service.decoding import WorkerPool
 from service.engine import Engine
 from service.errors import DrainingError, NotReadyError
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["starting", "ready", "draining", "failed"]
+_STOP_SECONDS = 5.0
+
 OpenEncoder = Callable[[Settings, str], DenseEncoder]
 
 
@@ -36,11 +38,11 @@ class FeatureService:
         self.failure: Exception | None = None
         self._is_draining = False
         self._pool: WorkerPool | None = None
-        load = open_encoder or load_encoder
+        self._load = open_encoder or load_encoder
         self.engines = [
             Engine(
                 device,
-                partial(load, settings, device),
+                partial(self._open, device),
                 self.batcher,
                 self.metrics,
                 num_threads=settings.num_torch_threads,
@@ -89,9 +91,11 @@ class FeatureService:
             raise NotReadyError("the model is being loaded and warmed up; retry in a moment")
 
     def start(self) -> None:
-        """Begin to load the model; returns at once."""
+        """Begin to load the model; returns at once. Call it in the event loop's thread."""
+        # Small answers are converted in this thread, and it needs no team of its own for that.
         # Before the engines: a thread that sets its number of threads also sets the default for
         # threads that start later, and the engine's choice has to be the last.
+        torch.set_num_threads(1)
         self._pool = WorkerPool(self.settings.num_decode_threads)
         for engine in self.engines:
             engine.start()
@@ -106,8 +110,19 @@ class FeatureService:
         """End the threads; what still waits in the queue is encoded first."""
         self.batcher.close()
         for engine in self.engines:
-            engine.join(timeout_seconds=5.0)
+            # One that is still loading has nobody to answer: not worth waiting for.
+            engine.join(_STOP_SECONDS if engine.is_ready else 0.0)
         self.pool.close()
+
+    def _open(self, device: str) -> DenseEncoder:
+        encoder = self._load(self.settings, device)
+        tokens, limit = encoder.num_tokens(*encoder.native_size), self.settings.max_image_tokens
+        if tokens > limit:
+            raise SettingsError(
+                f"an image of the model's native size costs {tokens} tokens and "
+                f"--max-image-tokens is {limit}: set it, and --batch-tokens, to {tokens} or more"
+            )
+        return encoder
 
     def _engine_ready(self) -> None:
         encoder = self.encoder

@@ -38,8 +38,8 @@ class WarmUp(NamedTuple):
         return math.sqrt(1.0 - self.max_relative_error**2)
 
 
-def warm_up(encoder: DenseEncoder) -> WarmUp:
-    """Encode images of the native size, alone and together.
+def warm_up(encoder: DenseEncoder, *, max_tokens: int) -> WarmUp:
+    """Encode images of the native size, alone and together, as many as `max_tokens` allow.
 
     Raises:
         RuntimeError: the model gives values that are not finite.
@@ -47,8 +47,9 @@ def warm_up(encoder: DenseEncoder) -> WarmUp:
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     height, width = encoder.native_size
+    batch = max(1, min(_BATCH, max_tokens // encoder.num_tokens(height, width)))
     images_B3hw = torch.randint(
-        0, 256, (_BATCH, 3, height, width), generator=generator, dtype=torch.uint8
+        0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8
     )
     together_BNC = encoder.encode(images_B3hw)[0].tokens.float().cpu()
     alone_BNC = torch.cat(

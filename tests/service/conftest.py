@@ -144,11 +144,12 @@ def server_process(artifact, tmp_path_factory):
     """A function that starts a server process and returns when it is ready."""
     started = []
 
-    def start(*arguments):
+    def start(*arguments, model=artifact, wait=True):
         log = tmp_path_factory.mktemp("server") / "log"
-        server = ServerProcess(["--model", str(artifact), *arguments], log)
+        server = ServerProcess(["--model", str(model), *arguments], log)
         started.append(server)
-        wait_until_ready(server.readyz)
+        if wait:
+            wait_until_ready(server.readyz)
         return server
 
     yield start

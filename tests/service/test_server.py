@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.numpy import load
 
-from tests.support import data_folder, encoded, noise_image
+from tests.support import data_folder, encoded, noise_image, tiny_artifact
 
 PNG = {"content-type": "image/png"}
 PHOTO = encoded(noise_image(64, 64))
@@ -210,6 +210,29 @@ def slow_upload(server):
         b"content-length: 1000\r\n\r\nnever the rest"
     )
     return connection
+
+
+def test_sigterm_during_the_start_ends_it_cleanly(server_process, tmp_path):
+    slow = tiny_artifact(tmp_path / "slow", native_size=(1408, 1408))
+    server = server_process(
+        "--max-image-tokens", "9999", "--torch-threads", "1", model=slow, wait=False
+    )
+    wait_for(lambda: server.readyz() == 503, 60)
+    wait_for(lambda: "loaded" in server.log.read_text())
+
+    server.process.terminate()
+
+    assert server.process.wait(10) == 0
+    assert "warmed up" not in server.log.read_text()
+
+
+def test_a_model_too_large_for_the_limits_ends_the_start(artifact):
+    result = run_service(
+        "--model", str(artifact), "--port", "0", "--max-image-tokens", "9", "--batch-tokens", "9"
+    )
+
+    assert result.returncode == 2
+    assert "costs 37 tokens and --max-image-tokens is 9" in result.stderr.splitlines()[-1]
 
 
 def test_a_second_signal_stops_at_once(server_process):

@@ -5,7 +5,7 @@ from service.warmup import WarmUp, warm_up
 
 
 def test_warm_up_measures_what_the_company_of_an_image_changes(watched_encoder):
-    result = warm_up(watched_encoder)
+    result = warm_up(watched_encoder, max_tokens=1000)
 
     assert watched_encoder.batches == [(4, 3, 64, 64), *[(1, 3, 64, 64)] * 4]
     assert 0 <= result.measured_relative_error <= result.max_relative_error == 1e-3
@@ -16,9 +16,15 @@ def test_a_promise_that_does_not_hold_is_logged(watched_encoder, monkeypatch, ca
     monkeypatch.setitem(warmup._MAX_RELATIVE_ERROR, "fp32", -1.0)
 
     with caplog.at_level(logging.WARNING):
-        warm_up(watched_encoder)
+        warm_up(watched_encoder, max_tokens=1000)
 
     assert "features depend on their batch" in caplog.text
+
+
+def test_warm_up_stays_within_the_budget_of_a_batch(watched_encoder):
+    warm_up(watched_encoder, max_tokens=2 * watched_encoder.num_tokens(64, 64))
+
+    assert watched_encoder.batches == [(2, 3, 64, 64), *[(1, 3, 64, 64)] * 2]
 
 
 def test_the_bound_on_the_cosine_follows_from_the_relative_error():
