@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+_TIMEOUT_SECONDS = 60
 _STAGE = re.compile(r"(\w+);dur=([\d.]+)")
 
 
@@ -71,11 +72,12 @@ async def _ask(
         started = time.perf_counter()
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode())
         writer.write(body)
-        answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        headers = dict(
-            line.split(": ", 1) for line in answer.lower().split("\r\n")[1:] if ": " in line
-        )
-        content = await reader.readexactly(int(headers["content-length"]))
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            headers = dict(
+                line.split(": ", 1) for line in answer.lower().split("\r\n")[1:] if ": " in line
+            )
+            content = await reader.readexactly(int(headers["content-length"]))
         result.latencies.append(time.perf_counter() - started)
         status = int(answer.split(" ", 2)[1])
         result.statuses[status] = result.statuses.get(status, 0) + 1

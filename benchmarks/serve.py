@@ -45,6 +45,7 @@ Variant = Literal["served", "bare", "pipelined"]
 _SUFFIXES = (".jpg", ".jpeg")
 _DISTRIBUTIONS = ("torch", "timm", "pillow", "fastapi", "starlette", "uvicorn")
 _START_SECONDS = 120
+_ANSWER_SECONDS = 30
 
 
 def main() -> None:
@@ -176,7 +177,7 @@ def parity(
         request = Request(
             target + "&dtype=float32&layout=tokens", body, {"content-type": "image/jpeg"}
         )
-        with urlopen(request) as answer:
+        with urlopen(request, timeout=_ANSWER_SECONDS) as answer:
             served_NC = torch.from_numpy(load(answer.read())["features.0"])
         bare_NC = encode(encoder, [decode(body, size)])[0].float()
         error_N = (served_NC - bare_NC).norm(dim=-1) / bare_NC.norm(dim=-1)
@@ -228,12 +229,12 @@ def is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
         raise SystemExit(f"the service ended with status {process.returncode}")
     try:
         return bool(get(url + "/readyz"))
-    except URLError:
+    except (URLError, TimeoutError):
         return False
 
 
 def get(url: str) -> str:
-    with urlopen(url) as answer:
+    with urlopen(url, timeout=_ANSWER_SECONDS) as answer:
         content: bytes = answer.read()
         return content.decode()
 
