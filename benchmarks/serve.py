@@ -13,7 +13,6 @@ features are compared with those of the bare model.
 import argparse
 import json
 import os
-import platform
 import re
 import socket
 import statistics
@@ -24,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import URLError
@@ -39,17 +37,21 @@ from torch import Tensor
 from backbone import Backbone, DenseEncoder, RegisterBorder, open_model, save_artifact
 from backbone.preprocess import decode_image, resize_image
 from benchmarks.load import LoadResult, closed_loop
+from benchmarks.report import machine, to_markdown, versions
 
 Variant = Literal["served", "bare", "pipelined"]
 
 _SUFFIXES = (".jpg", ".jpeg")
-_DISTRIBUTIONS = ("torch", "timm", "pillow", "fastapi", "starlette", "uvicorn")
 _START_SECONDS = 120
 _ANSWER_SECONDS = 30
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # As the service does; torch reads it once, when it is loaded, which has happened here.
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]])
     bodies = read_images(arguments.images, arguments.num_images)
     with artifact(arguments) as model, server(arguments, model) as url:
         info = json.loads(get(url + "/info"))
@@ -63,8 +65,7 @@ def main() -> None:
     result = {
         "command": "python -m benchmarks.serve " + " ".join(sys.argv[1:]),
         "machine": machine(),
-        "versions": {name: metadata.version(name) for name in _DISTRIBUTIONS}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "model": info["model"],
         "size": size,
         "clients": arguments.clients,
@@ -94,7 +95,8 @@ def measure(
     rates: dict[Variant, list[float]] = {"served": [], "bare": [], "pipelined": []}
     loads: list[LoadResult] = []
     batch_sizes = []
-    for _ in range(arguments.rounds):
+    started_all, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
+    for number in range(arguments.rounds):
         images, batches = batch_counts(url)
         loads.append(closed_loop(target, bodies, clients=arguments.clients))
         more_images, more_batches = batch_counts(url)
@@ -109,6 +111,9 @@ def measure(
             loop(encoder, bodies, size, batch)
             seconds = time.perf_counter() - started
             rates[variant].append(len(bodies) / seconds)  # type: ignore[index]
+        line = ", ".join(f"{name} {values[-1]:.1f}/s" for name, values in rates.items())
+        sys.stderr.write(f"round {number + 1} of {arguments.rounds}: {line}\n")
+    others = (busy_seconds() - busy) - (own_seconds() - own)
     latencies = [latency for load in loads for latency in load.latencies]
     stages = loads[0].stage_milliseconds
     return {
@@ -120,6 +125,7 @@ def measure(
         "served_over_pipelined": statistics.median(
             one / other for one, other in zip(rates["served"], rates["pipelined"], strict=True)
         ),
+        "cores_taken_by_others": others / (time.perf_counter() - started_all),
         "mean_batch": statistics.mean(batch_sizes),
         "latency_ms": {
             f"p{percent}": float(np.percentile(latencies, percent)) * 1e3
@@ -239,6 +245,18 @@ def get(url: str) -> str:
         return content.decode()
 
 
+def busy_seconds() -> float:
+    """Seconds that the cores of this machine have worked so far."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def own_seconds() -> float:
+    """Seconds that this process and the server have worked so far."""
+    process = psutil.Process()
+    return float(sum(sum(each.cpu_times()[:2]) for each in (process, *process.children())))
+
+
 def batch_counts(url: str) -> tuple[float, float]:
     """Images and batches that the server has encoded so far."""
     text = get(url + "/metrics")
@@ -258,52 +276,6 @@ def read_images(folder: Path, num_images: int) -> list[bytes]:
         raise SystemExit(f"{folder} has {len(files)} JPEG files; --num-images is {num_images}")
     step = len(files) // num_images  # from the whole folder, not its first source alone
     return [path.read_bytes() for path in files[::step][:num_images]]
-
-
-def machine() -> dict[str, Any]:
-    capabilities = torch.cpu.get_capabilities()
-    return {
-        "cpu": capabilities.get("cpu_name", platform.processor()),
-        "amx_bf16": bool(capabilities.get("amx_bf16")),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """The result as a section of a document."""
-    model, rate = result["model"], result["images_per_second"]
-    rows = [
-        ("served images/s", f"{rate['served']:.1f}"),
-        ("bare images/s", f"{rate['bare']:.1f}"),
-        ("pipelined images/s", f"{rate['pipelined']:.1f}"),
-        ("served / bare", f"{result['served_over_bare']:.2f}"),
-        ("served / pipelined", f"{result['served_over_pipelined']:.2f}"),
-        ("mean batch", f"{result['mean_batch']:.1f}"),
-        ("latency p50, p99", "{p50:.0f} ms, {p99:.0f} ms".format(**result["latency_ms"])),
-        *((f"stage {name}", f"{value:.1f} ms") for name, value in result["stage_ms"].items()),
-        ("response", f"{result['response_bytes'] / 1024:.0f} KiB"),
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    about = result["machine"]
-    return "\n".join(
-        [
-            f"### {model['backbone']}, {result['size'][0]}x{result['size'][1]} px, "
-            f"{model['precision']}, border {model['register_width']}",
-            "",
-            f"`{result['command']}`",
-            "",
-            f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before']} before; "
-            f"{result['clients']} clients, {result['images']} images, medians of "
-            f"{len(result['rounds']['served'])} rounds; {versions}",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-        ]
-    )
 
 
 def parse_arguments() -> argparse.Namespace:
