@@ -1,0 +1,99 @@
+"""The one place that decides whether an operation runs its Triton kernel or its reference.
+
+`REFINERY_KERNELS` says what is wanted: `auto` (default) takes the kernel on a CUDA device that
+supports it and the reference elsewhere; `reference` always takes the reference; `triton` always
+takes the kernel, and what it cannot do is an error. Each decision is logged once.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+from typing import Literal, cast, get_args
+
+import torch
+import triton
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "triton", "reference"]
+MODE_VARIABLE = "REFINERY_KERNELS"
+_MIN_CAPABILITY = (8, 0)  # bfloat16 matrix units and asynchronous copies
+
+_logged: set[tuple[str, str, str]] = set()
+
+
+class KernelUnavailableError(RuntimeError):
+    """`REFINERY_KERNELS=triton` asks for a kernel that cannot run on what it was given."""
+
+
+@functools.cache
+def mode() -> Mode:
+    """What `REFINERY_KERNELS` says, read once a process.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    asked = os.environ.get(MODE_VARIABLE, "auto")
+    if asked not in get_args(Mode):
+        raise ValueError(f"{MODE_VARIABLE} is {asked!r}; use one of {', '.join(get_args(Mode))}")
+    return cast(Mode, asked)
+
+
+def use_triton(operation: str, tensor: Tensor, *, unsupported: str | None = None) -> bool:
+    """Whether `operation` runs its kernel on a tensor.
+
+    Call it inside the custom op, where `torch.compile` does not look.
+
+    Args:
+        operation: Name of the operation, for the log.
+        tensor: Any of its tensors; its device counts.
+        unsupported: Why the kernel cannot do what is asked, if it cannot.
+
+    Raises:
+        KernelUnavailableError: the kernel was asked for explicitly and cannot run.
+    """
+    asked = mode()
+    if asked == "reference":
+        _log_once(operation, "reference", f"{MODE_VARIABLE}=reference")
+        return False
+    obstacle = _obstacle(tensor.device, asked) or unsupported
+    if obstacle is None:
+        _log_once(operation, "triton", f"{MODE_VARIABLE}={asked}, {tensor.device.type}")
+        return True
+    if asked == "triton":
+        raise KernelUnavailableError(
+            f"{MODE_VARIABLE}=triton, but {operation} cannot run its kernel: {obstacle}; "
+            f"set {MODE_VARIABLE}=auto, or change what is named"
+        )
+    _log_once(operation, "reference", obstacle)
+    return False
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the device of `tensor` the current one: Triton launches on the current device."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def _obstacle(device: torch.device, asked: Mode) -> str | None:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= _MIN_CAPABILITY:
+            return None
+        return f"{device} has compute capability {capability}, {_MIN_CAPABILITY} is needed"
+    if device.type == "cpu" and asked == "triton" and triton.knobs.runtime.interpret:
+        return None
+    return f"the tensors are on {device.type}, not on a CUDA device"
+
+
+def _log_once(operation: str, backend: str, reason: str) -> None:
+    entry = (operation, backend, reason)
+    if entry not in _logged:
+        _logged.add(entry)
+        logger.info("%s runs on its %s (%s)", operation, _KINDS[backend], reason)
+
+
+_KINDS = {"triton": "Triton kernel", "reference": "PyTorch reference"}
