@@ -90,18 +90,24 @@ def crop_inflow(
     Returns:
         `inflow_QN`.
 
+    Raises:
+        ValueError: there are no taps.
+
     Source: UniRefiner, arXiv:2605.19622, attention-flow path.
     """
-    flows = [
-        attention_inflow(
-            q.index_select(2, crop_index_N),
-            k.index_select(2, crop_index_N),
+    total_QN: Tensor | None = None
+    for q, k in taps:
+        total_QN = attention_inflow(
+            q,
+            k,
             variant=variant,
+            index_N=crop_index_N,
             rejected_BN=rejected_QN,
+            into_BN=total_QN,
         )
-        for q, k in taps
-    ]
-    return torch.stack(flows).mean(dim=0)
+    if total_QN is None:
+        raise ValueError("no layer was tapped; give crop_inflow the q and k of one at least")
+    return total_QN / len(taps)
 
 
 @full_precision

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import full_precision, max_similarity, similarity_logsumexp, widen
+from kernels import full_precision, max_similarity, mean_logsumexp, widen
 
 
 class RefinementLoss(NamedTuple):
@@ -87,16 +87,16 @@ def refinement_loss(
     """
     student_crop_QNC = widen(student_crop_QNC)
     cosine_QN = (student_crop_QNC * widen(targets_QNC).detach()).sum(dim=-1)
-    logsumexp_QN = similarity_logsumexp(
+    counted_QN = usable(clean_QN)
+    alignment = cosine_QN.where(counted_QN, 0).sum() / counted_QN.sum()
+    spread = mean_logsumexp(
         student_crop_QNC,
         pool_BMC.detach(),
         temperature=temperature,
         threshold=sparsity,
         below="detach",
+        weights_QN=counted_QN / counted_QN.sum(),
     )
-    counted_QN = usable(clean_QN)
-    alignment = cosine_QN.where(counted_QN, 0).sum() / counted_QN.sum()
-    spread = logsumexp_QN.where(counted_QN, 0).sum() / counted_QN.sum()
     return RefinementLoss(-alignment / temperature + uniformity * spread, alignment, spread)
 
 
@@ -109,13 +109,13 @@ def register_uniformity_loss(
 
     Source: UniRefiner, arXiv:2605.19622, L_uni.
     """
-    return similarity_logsumexp(
+    return mean_logsumexp(
         image_BMC,
         registers_BRC,
         temperature=temperature,
         threshold=affinity_floor,
         below="detach",
-    ).mean()
+    )
 
 
 @full_precision
@@ -159,7 +159,7 @@ def absorption_loss(
     is_close_Qr = top_Qr.detach() > sparsity
     crop_pull = top_Qr.where(is_close_Qr, 0).sum() / is_close_Qr.sum().clamp(min=1)
 
-    repulsion_QR = similarity_logsumexp(
+    repulsion = mean_logsumexp(
         registers_QRC,
         absorbed_QRC,
         temperature=temperature,
@@ -167,7 +167,7 @@ def absorption_loss(
         below="replace",
         replacement=sparsity + sparsity_margin,
     )
-    return -(attraction + crop_weight * crop_pull) / temperature + repulsion_QR.mean()
+    return -(attraction + crop_weight * crop_pull) / temperature + repulsion
 
 
 @full_precision

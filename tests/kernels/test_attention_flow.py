@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels import attention_inflow
+from benchmarks.flex_inflow import attention_inflow_by_flex
+from kernels import attention_flow, attention_inflow
 
 VARIANTS = ["paper", "release"]
 
@@ -80,3 +81,143 @@ def test_no_gradient_is_recorded():
     inflow = attention_inflow(heads(0).requires_grad_(), heads(1), variant="paper")
 
     assert not inflow.requires_grad
+
+
+def rejected_keys(num_tokens=10):
+    return torch.rand(3, num_tokens, generator=torch.Generator().manual_seed(2)) < 0.4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rejected", [None, rejected_keys()], ids=["all keys", "some rejected"])
+def test_paper_flow_equals_flex_attention_with_the_roles_swapped(rejected):
+    q, k = heads(0), heads(1)
+
+    inflow = attention_inflow(q, k, variant="paper", rejected_BN=rejected)
+
+    torch.testing.assert_close(inflow, attention_inflow_by_flex(q, k, rejected_BN=rejected))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_block_of_queries_at_a_time_gives_what_all_at_once_give(variant, monkeypatch):
+    q, k = heads(0), heads(1)
+    at_once = attention_inflow(q, k, variant=variant, rejected_BN=rejected_keys())
+
+    monkeypatch.setattr(attention_flow, "_CHUNK_NUMBERS", 3 * 10 * 4)  # blocks of 4, 4 and 2
+    in_blocks = attention_inflow(q, k, variant=variant, rejected_BN=rejected_keys())
+
+    torch.testing.assert_close(in_blocks, at_once)
+
+
+def test_log_sum_exp_of_attention_saves_the_first_pass():
+    q, k = heads(0), heads(1)
+    lse = (q @ k.mT / 2).logsumexp(dim=-1)
+
+    inflow = attention_inflow(q, k, variant="paper", lse_BHN=lse)
+
+    torch.testing.assert_close(inflow, attention_inflow(q, k, variant="paper"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_index_equals_tokens_selected_beforehand(variant):
+    q, k = heads(0), heads(1)
+    index = torch.tensor([7, 0, 3, 4, 9])
+    rejected = rejected_keys(5)
+
+    inflow = attention_inflow(q, k, variant=variant, index_N=index, rejected_BN=rejected)
+
+    selected = attention_inflow(
+        q[:, :, index], k[:, :, index], variant=variant, rejected_BN=rejected
+    )
+    assert torch.equal(inflow, selected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_are_added_up_in_place(variant):
+    first, second = (heads(0), heads(1)), (heads(2), heads(3))
+    total = attention_inflow(*first, variant=variant)
+
+    returned = attention_inflow(*second, variant=variant, into_BN=total)
+
+    assert returned is total
+    layers = [attention_inflow(*layer, variant=variant) for layer in (first, second)]
+    torch.testing.assert_close(total, torch.stack(layers).sum(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"variant": "papper"}, "no flow 'papper'"),
+        ({"k_BHTD": torch.zeros(3, 2, 9, 4)}, "one type"),
+        ({"k_BHTD": torch.zeros(3, 2, 10, 4).half()}, "one type"),
+        ({"index_N": torch.tensor([1, 2], dtype=torch.int32)}, "1-D int64"),
+        ({"rejected_BN": torch.zeros(3, 10)}, "must be bool"),
+        ({"rejected_BN": torch.zeros(3, 9, dtype=torch.bool)}, "rejected is"),
+        ({"into_BN": torch.zeros(3, 10).half()}, "float32 at least"),
+        ({"into_BN": torch.zeros(10)}, "into is"),
+        ({"lse_BHN": torch.zeros(3, 10)}, "lse is"),
+        ({"lse_BHN": torch.zeros(3, 2, 10), "variant": "release"}, "leave it out"),
+        ({"lse_BHN": torch.zeros(3, 2, 10), "index_N": torch.arange(10)}, "leave it out"),
+        ({"lse_BHN": torch.zeros(3, 2, 10), "rejected_BN": rejected_keys()}, "leave it out"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, complaint):
+    arguments = {"q_BHTD": heads(0), "k_BHTD": heads(1), "variant": "paper"} | changed
+
+    with pytest.raises(ValueError, match=complaint):
+        attention_inflow(**arguments)
+
+
+def packed_heads():
+    """q and k as views of one packed projection."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(3, 10, 3, 2, 4, generator=generator).permute(2, 0, 3, 1, 4)[:2]
+
+
+OPERATION_CASES = {
+    "paper": lambda: (heads(0), heads(1), torch.zeros(3, 10), None, None, None, "paper"),
+    "with LSE": lambda: (
+        *(heads(0), heads(1), torch.zeros(3, 10)),
+        *(None, None, (heads(0) @ heads(1).mT / 2).logsumexp(dim=-1), "paper"),
+    ),
+    "packed, some tokens": lambda: (
+        *(*packed_heads(), torch.zeros(3, 5)),
+        *(torch.tensor([7, 0, 3, 4, 9]), rejected_keys(5), None, "paper"),
+    ),
+    "release": lambda: (
+        *(*packed_heads(), torch.zeros(3, 5)),
+        *(torch.tensor([7, 0, 3, 4, 9]), rejected_keys(5), None, "release"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPERATION_CASES)
+def test_the_operation_keeps_the_contract_of_custom_operations(case):
+    arguments = OPERATION_CASES[case]()
+
+    torch.library.opcheck(torch.ops.refinery.attention_inflow.default, arguments)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_are_added_up_in_one_compiled_graph(variant):
+    layers = [(heads(0), heads(1)), (heads(2), heads(3))]
+    index = torch.tensor([7, 0, 3, 4, 9])
+
+    def mean_over_layers(layers):
+        total = None
+        for q, k in layers:
+            total = attention_inflow(q, k, variant=variant, index_N=index, into_BN=total)
+        return total / len(layers)
+
+    compiled = torch.compile(mean_over_layers, fullgraph=True, backend="aot_eager")
+
+    torch.testing.assert_close(compiled(layers), mean_over_layers(layers))
+
+
+def test_a_compiled_graph_adds_to_the_tensor_that_it_is_given():
+    q, k = heads(0), heads(1)
+    total = torch.ones(3, 10)
+
+    compiled = torch.compile(attention_inflow, fullgraph=True, backend="aot_eager")
+    compiled(q, k, variant="paper", into_BN=total)
+
+    torch.testing.assert_close(total, 1 + attention_inflow(q, k, variant="paper"))

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from kernels import roi_align
+from kernels.roi_align import roi_align, roi_align_reference
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -65,6 +65,132 @@ def test_every_kind_of_box_is_treated_as_torchvision_does(name, output_size):
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", BOXES)
+def test_border_and_prefix_are_no_part_of_the_image(name):
+    generator = torch.Generator().manual_seed(8)
+    tokens = torch.randn(2, 3 + 11 * 9, 6, generator=generator, dtype=torch.float64)
+    tokens.requires_grad_()
+    boxes = torch.tensor([[BOXES[name], BOXES["inside"]]] * 2, dtype=torch.float64)
+    upstream = torch.randn(4, 12, 6, generator=generator).double()
+    image = tokens[:, 3:].unflatten(1, (11, 9))[:, 2:9, 2:7].flatten(1, 2)
+
+    ours = roi_align(tokens, boxes, grid=(7, 5), output_size=(3, 4), border=2, num_prefix_tokens=3)
+    theirs = by_torchvision(image, boxes, (7, 5), (3, 4))
+
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    (our_gradient,) = torch.autograd.grad((ours * upstream).sum(), tokens)
+    (their_gradient,) = torch.autograd.grad((theirs * upstream).sum(), tokens)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_images_may_have_different_numbers_of_boxes():
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randn(3, 35, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    boxes = torch.tensor([BOXES["inside"], BOXES["huge"], BOXES["sticking out"]])
+    settings = {"grid": (7, 5), "output_size": (2, 3)}
+
+    ragged = roi_align(tokens, boxes, num_boxes=[2, 0, 1], **settings)
+
+    first = roi_align(tokens[:1], boxes[None, :2], **settings)
+    last = roi_align(tokens[2:], boxes[None, 2:], **settings)
+    alone = torch.cat([first, last])
+    torch.testing.assert_close(ragged, alone)
+    upstream = torch.randn(3, 6, 4, generator=generator).double()
+    (our_gradient,) = torch.autograd.grad((ragged * upstream).sum(), tokens)
+    (alone_gradient,) = torch.autograd.grad((alone * upstream).sum(), tokens)
+    torch.testing.assert_close(our_gradient, alone_gradient)
+    assert not our_gradient[1].any()
+
+
+def test_normalised_rois_are_those_of_normalize():
+    generator = torch.Generator().manual_seed(10)
+    tokens = torch.randn(2, 35, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    boxes = torch.tensor([[BOXES["outside"], BOXES["sticking out"]]] * 2)
+    upstream = torch.randn(4, 6, 6, generator=generator).double()
+    settings = {"grid": (7, 5), "output_size": (2, 3)}
+
+    ours = roi_align(tokens, boxes, normalize=True, **settings)
+    theirs = torch.nn.functional.normalize(roi_align(tokens, boxes, **settings), dim=-1)
+
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[0].any()
+    assert ours[1].any()
+    (our_gradient,) = torch.autograd.grad((ours * upstream).sum(), tokens)
+    (their_gradient,) = torch.autograd.grad((theirs * upstream).sum(), tokens)
+    torch.testing.assert_close(our_gradient, their_gradient)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_reference_differentiated_by_pytorch_gives_the_same_gradient(normalize):
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randn(2, 1 + 45, 6, generator=generator).bfloat16().requires_grad_()
+    boxes = torch.tensor([[BOXES["inside"], BOXES["huge"]]] * 2)
+    settings = {
+        "grid": (7, 3),
+        "border": 1,
+        "num_prefix_tokens": 1,
+        "output_size": (3, 2),
+        "normalize": normalize,
+    }
+    upstream = torch.randn(4, 6, 6, generator=generator)
+
+    ours = roi_align(tokens, boxes, **settings)
+    theirs = roi_align_reference(tokens, boxes, **settings)
+
+    torch.testing.assert_close(ours, theirs)
+    (our_gradient,) = torch.autograd.grad((ours * upstream).sum(), tokens)
+    (their_gradient,) = torch.autograd.grad((theirs * upstream).sum(), tokens)
+    assert our_gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(our_gradient, their_gradient)
+
+
+def test_a_narrow_result_is_rounded_once_and_its_gradient_not_at_all():
+    generator = torch.Generator().manual_seed(12)
+    tokens = torch.randn(1, 35, 6, generator=generator).requires_grad_()
+    boxes = torch.tensor([[BOXES["inside"]]])
+    settings = {"grid": (7, 5), "output_size": (3, 2), "normalize": True}
+    upstream = torch.randn(1, 6, 6, generator=generator).bfloat16()
+
+    wide = roi_align(tokens, boxes, **settings)
+    narrow = roi_align(tokens, boxes, dtype=torch.bfloat16, **settings)
+
+    torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0)
+    (wide_gradient,) = torch.autograd.grad((wide * upstream.float()).sum(), tokens)
+    (narrow_gradient,) = torch.autograd.grad(narrow, tokens, upstream)
+    torch.testing.assert_close(narrow_gradient, wide_gradient)
+
+
+def test_sixteen_bit_boxes_are_widened_and_get_no_gradient():
+    tokens = torch.randn(1, 35, 6, requires_grad=True)
+    boxes = torch.tensor([[BOXES["inside"]]]).bfloat16().requires_grad_()
+    settings = {"grid": (7, 5), "output_size": (3, 2)}
+
+    rois = roi_align(tokens, boxes, **settings)
+    rois.sum().backward()
+
+    torch.testing.assert_close(rois, roi_align(tokens, boxes.float(), **settings))
+    assert boxes.grad is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_box_that_is_not_finite_gives_zeros(value):
+    boxes = torch.tensor([[[0.2, 0.2, 0.7, value], BOXES["inside"]]])
+
+    rois = roi_align(torch.ones(1, 35, 2), boxes, grid=(7, 5), output_size=(3, 2))
+
+    assert not rois[0].any()
+    torch.testing.assert_close(rois[1], torch.ones(6, 2))
+
+
+def test_a_vast_box_costs_no_memory():
+    # Its samples, were all of them tried, would fill terabytes.
+    boxes = torch.tensor([[[-1e9, 0.2, 1e9, 0.7]]])
+
+    rois = roi_align(torch.ones(1, 35, 2), boxes, grid=(7, 5), output_size=(1, 1))
+
+    assert rois.max() < 1e-6
+
+
 def test_random_boxes_in_float32_agree_with_torchvision():
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randn(3, 13 * 11, 8, generator=generator)
@@ -96,6 +222,67 @@ def test_gradcheck():
 
     assert torch.autograd.gradcheck(
         lambda t: roi_align(t, boxes, grid=(3, 4), output_size=(2, 3)), tokens
+    )
+
+
+def test_gradcheck_of_normalised_rois_of_a_canvas():
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(2, 21, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    boxes = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    boxes[..., 2:] += 0.3
+    settings = {"grid": (3, 2), "border": 1, "num_prefix_tokens": 1, "output_size": (2, 2)}
+
+    assert torch.autograd.gradcheck(
+        lambda t: roi_align(t, boxes, num_boxes=[1, 2], normalize=True, **settings), tokens
+    )
+
+
+# opcheck looks at the gradients of its own copies of inputs, which are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_the_operators_are_registered_soundly(normalize, dtype, is_strided):
+    generator = torch.Generator().manual_seed(13)
+    tokens = torch.randn(2, 21, 3, generator=generator)
+    tokens = tokens.mT.contiguous().mT if is_strided else tokens
+    window, output_size = [3, 2, 1, 1], [2, 2]
+    boxes = torch.rand(3, 4, generator=generator)
+    gradient = torch.randn(3, 4, 3, generator=generator).to(dtype)
+    units_and_norms = (torch.rand(3, 4, 3), torch.rand(3, 4)) if normalize else (None, None)
+    operators = torch.ops.refinery
+
+    torch.library.opcheck(
+        operators.roi_align.default,
+        (tokens.requires_grad_(), boxes, [1, 2], window, output_size, normalize, dtype),
+    )
+    torch.library.opcheck(
+        operators.roi_align_backward.default,
+        (gradient, *units_and_norms, boxes, [1, 2], window, output_size, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_compiled_graph_is_whole_and_gives_the_same(normalize, dynamic):
+    generator = torch.Generator().manual_seed(14)
+    tokens = torch.randn(2, 21, 3, generator=generator, requires_grad=True)
+    boxes = torch.rand(2, 3, 4, generator=generator)
+    boxes[..., 2:] += 0.3
+    upstream = torch.randn(6, 4, 3, generator=generator)
+
+    def loss(tokens, boxes):
+        settings = {"grid": (3, 2), "border": 1, "num_prefix_tokens": 1, "output_size": (2, 2)}
+        return (roi_align(tokens * 2, boxes, normalize=normalize, **settings) * upstream).sum()
+
+    eager = loss(tokens, boxes)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)(
+        tokens, boxes
+    )
+
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, tokens), torch.autograd.grad(eager, tokens)
     )
 
 
@@ -142,3 +329,39 @@ def test_tokens_that_do_not_fill_the_grid_are_refused():
 def test_boxes_of_another_batch_are_refused():
     with pytest.raises(ValueError, match=r"wanted \[1, boxes, 4\]"):
         roi_align(torch.zeros(1, 16, 3), torch.zeros(2, 1, 4), grid=(4, 4), output_size=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_boxes", "message"),
+    [
+        ([3], r"num_boxes is \[3\], wanted 2 numbers"),
+        ([4, -1], "num_boxes"),
+        ([1, 1], r"boxes are \(3, 4\), wanted \[2, 4\]"),
+    ],
+)
+def test_numbers_of_boxes_that_do_not_add_up_are_refused(num_boxes, message):
+    with pytest.raises(ValueError, match=message):
+        roi_align(
+            torch.zeros(2, 16, 3),
+            torch.zeros(3, 4),
+            num_boxes=num_boxes,
+            grid=(4, 4),
+            output_size=(2, 2),
+        )
+
+
+def test_boxes_in_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match="normalised coordinates"):
+        roi_align(
+            torch.zeros(1, 16, 3), torch.zeros(1, 1, 4).int(), grid=(4, 4), output_size=(2, 2)
+        )
+
+
+def test_a_result_without_bins_is_refused():
+    with pytest.raises(ValueError, match="one bin at least"):
+        roi_align(torch.zeros(1, 16, 3), torch.zeros(1, 1, 4), grid=(4, 4), output_size=(0, 2))
+
+
+def test_tokens_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"wanted \[images, tokens, channels\]"):
+        roi_align(torch.zeros(16, 3), torch.zeros(1, 1, 4), grid=(4, 4), output_size=(2, 2))

@@ -76,6 +76,22 @@ def test_inflow_counts_only_the_tokens_of_the_crop():
         assert torch.equal(crop_inflow([tuple(changed)], crop_index, variant=variant), inflow)
 
 
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_inflow_is_the_mean_over_layers(variant):
+    taps = torch.randn(3, 2, 2, 2, 9, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    crop_index = torch.tensor([1, 4, 5, 8])
+
+    inflow = crop_inflow(taps, crop_index, variant=variant)
+
+    alone = [crop_inflow([layer], crop_index, variant=variant) for layer in taps]
+    torch.testing.assert_close(inflow, torch.stack(alone).mean(dim=0))
+
+
+def test_inflow_of_no_layer_is_refused():
+    with pytest.raises(ValueError, match="no layer was tapped"):
+        crop_inflow([], torch.arange(3), variant="paper")
+
+
 def test_hijack_statistics_cover_only_kept_tokens_of_the_whole_batch():
     generator = torch.Generator().manual_seed(0)
     inflow = torch.rand(3, 50, generator=generator)

@@ -1,0 +1,61 @@
+"""Tests of device code: through Triton's interpreter on the CPU, or on a GPU.
+
+    TRITON_INTERPRET=1 REFINERY_KERNELS=triton python -m pytest tests/kernels/device
+    python -m pytest -m gpu
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter multiplies bfloat16 as integers and truncates when it rounds to it.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "kernels/device/" in item.path.as_posix():
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where kernels run; everything they allocate is poisoned, so that nothing stays unwritten."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("no GPU, and TRITON_INTERPRET is not 1: no device code ran")
+    _poison(monkeypatch)
+    yield torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A GPU, for what only a GPU shows: races, CUDA graphs, compiled kernels."""
+    if INTERPRETED or not torch.cuda.is_available():
+        pytest.skip("no GPU: races, CUDA graphs and compiled kernels were not tried")
+    return torch.device("cuda")
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def fill(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 123_456_789)
+
+        return fill
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
