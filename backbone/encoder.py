@@ -19,7 +19,9 @@ from backbone.artifact import Manifest, RegisterBorder, is_artifact, load_artifa
 from backbone.errors import ImageSizeError
 from backbone.preprocess import normalize
 from backbone.registers import LearnableBorder, canvas_size, strip, surround
+from backbone.served import obstacle, served_layers
 from backbone.vit import Backbone, DenseFeatures
+from kernels import TokenWindow
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,14 @@ class DenseEncoder:
         self.border: RegisterBorder | None = manifest.border if manifest else None
         self._learned_border = learned_border
         self._borders: OrderedDict[tuple[tuple[int, int], int], Tensor] = OrderedDict()
+        reason = obstacle(backbone.vit)
+        self._is_served = reason is None
+        if reason is not None:
+            logger.warning(
+                "%s has %s: it is encoded by timm's own forward, without the project's attention",
+                backbone.name,
+                reason,
+            )
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -97,6 +107,7 @@ class DenseEncoder:
         *,
         layers: Sequence[int] = (-1,),
         register_width: int | None = None,
+        registers: bool = False,
     ) -> list[DenseFeatures]:
         """Dense features of uint8 images.
 
@@ -105,10 +116,13 @@ class DenseEncoder:
             layers: Block numbers; negative ones count from the end.
             register_width: Border width in patches; default the artifact's rule. A wider border
                 than in training usually gives cleaner maps; 0 encodes without one.
+            registers: Also return the border's tokens. It costs what is saved otherwise: in the
+                last block that is needed, nothing is computed for tokens that are not returned.
 
         Returns:
-            One `DenseFeatures` per layer with the border stripped: tokens of the image alone,
-            the border's in `registers`. In the encoder's precision.
+            One `DenseFeatures` per layer with the border stripped: tokens of the image alone.
+            `registers` has the border's, or None if they were not asked for or there is no
+            border. In the encoder's precision.
 
         Raises:
             ImageSizeError: sizes that the patch grid or the border cannot have.
@@ -116,23 +130,45 @@ class DenseEncoder:
         """
         height, image_width = images_B3hw.shape[-2:]
         width = self.register_width(height, image_width, register_width)
+        grid = self.backbone.grid(height, image_width)
         pixels = normalize(
             images_B3hw.to(self.device),
             mean=self.backbone.mean,
             std=self.backbone.std,
             dtype=self.dtype,
         )
-        if width == 0:
-            return self.backbone.encode_layers(pixels, layers)
-        p = self.patch_size
-        border = self._border((height, image_width), width)
-        canvas = surround(pixels, border, width=width, patch_size=p)
-        grid = (height // p, image_width // p)
-        stripped = []
-        for features in self.backbone.encode_layers(canvas, layers):
-            image, registers = strip(features.tokens, grid, width)
-            stripped.append(replace(features, tokens=image, grid=grid, registers=registers))
-        return stripped
+        if width:
+            border = self._border((height, image_width), width)
+            pixels = surround(pixels, border, width=width, patch_size=self.patch_size)
+        if self._is_served:
+            encoded = self._served_layers(pixels, layers, border=0 if registers else width)
+        else:
+            encoded = self.backbone.encode_layers(pixels, layers)
+        return [_stripped(features, grid, width, registers=registers) for features in encoded]
+
+    def _served_layers(
+        self, canvas_B3HW: Tensor, layers: Sequence[int], *, border: int
+    ) -> list[DenseFeatures]:
+        """As `Backbone.encode_layers`, without the outermost `border` tokens of the canvas."""
+        num_prefix, num_border = self.backbone.num_prefix_tokens, 2 * border
+        canvas_h, canvas_w = self.backbone.grid(*canvas_B3HW.shape[-2:])
+        grid = (canvas_h - num_border, canvas_w - num_border)
+        wanted = [self.backbone.layer_number(layer) for layer in layers]
+        ascending = sorted(set(wanted))
+        outputs = served_layers(
+            self.backbone.vit,
+            canvas_B3HW,
+            layers=ascending,
+            window=TokenWindow(grid, border, num_prefix),
+            norm=self.backbone.dense_norm,
+        )
+        features = {
+            layer: DenseFeatures(
+                output[:, num_prefix:], grid, self.patch_size, output[:, :num_prefix]
+            )
+            for layer, output in zip(ascending, outputs, strict=True)
+        }
+        return [features[layer] for layer in wanted]
 
     def _border(self, image: tuple[int, int], width: int) -> Tensor:
         canvas = canvas_size(image, width, self.patch_size)
@@ -145,6 +181,15 @@ class DenseEncoder:
                 self._borders.popitem(last=False)
         self._borders.move_to_end(key)
         return self._borders[key]
+
+
+def _stripped(
+    features: DenseFeatures, grid: tuple[int, int], width: int, *, registers: bool
+) -> DenseFeatures:
+    if features.grid == grid:
+        return features
+    image, border = strip(features.tokens, grid, width)
+    return replace(features, tokens=image, grid=grid, registers=border if registers else None)
 
 
 def open_model(

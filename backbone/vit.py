@@ -37,7 +37,8 @@ class DenseFeatures:
         grid: (h, w) in patches, h * w = N.
         patch_size: Side of a patch in pixels.
         prefix: Class and native register tokens, [B, P, C]; P may be 0.
-        registers: Tokens of the stripped register border, [B, R, C], or None without a border.
+        registers: Tokens of the stripped register border, [B, R, C]; None without a border, and
+            when `DenseEncoder.encode` was not asked for them.
     """
 
     tokens: Tensor

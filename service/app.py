@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from backbone.preprocess import supported_formats
 from service import errors, features, schemas, wire
 from service.bodies import REQUEST_TYPES
+from service.boxes import MAX_BOX_SIZE
 from service.features import ServiceDep
 from service.hints import nearest
 from service.lifecycle import FeatureService, OpenEncoder
@@ -158,6 +159,9 @@ def describe(service: FeatureService) -> schemas.Info:
             max_images=settings.max_images,
             max_image_pixels=settings.max_image_pixels,
             max_image_tokens=settings.max_image_tokens,
+            max_image_boxes=settings.max_image_boxes,
+            max_box_cells=settings.max_box_cells,
+            max_box_size=MAX_BOX_SIZE,
             batch_tokens=settings.batch_tokens,
             max_json_values=wire.MAX_JSON_VALUES,
         ),

@@ -2,12 +2,14 @@
 
 There is no wait timer: an engine that is free takes what has gathered while it worked, so batches
 are small when the service is idle and grow with the load. A batch holds images of one size and
-one choice of layers, in order of arrival, up to a budget of tokens; the oldest image always goes
-first, so nothing starves.
+one choice of layers, all of them with boxes of one kind or none, in order of arrival, up to a
+budget of tokens and one of cells of boxes; the oldest image always goes first, so nothing starves.
 
-Dimension key: h, w = image in pixels, N = patch tokens of an image, C = channels.
+Dimension key: h, w = image in pixels, N = patch tokens of an image, or cells of its boxes,
+C = channels.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -17,11 +19,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from service.boxes import Regions
 from service.metrics import Metrics
 
 
 class EncodedImage(NamedTuple):
-    """Features of one image and what they took."""
+    """Features of one image, or of its boxes if it has some, and what they took."""
 
     tokens_NC: list[Tensor]  # one per layer, on the CPU, in the model's precision
     grid: tuple[int, int]
@@ -37,13 +40,20 @@ class QueuedImage:
     pixels_3hw: Tensor
     layers: tuple[int, ...]
     num_tokens: int
+    regions: Regions | None = None  # None: the whole image is wanted
     future: Future[EncodedImage] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
 
     @property
-    def group(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def num_cells(self) -> int:
+        """Vectors that its boxes come to."""
+        return self.regions.num_cells if self.regions else 0
+
+    @property
+    def group(self) -> tuple[object, ...]:
         """Images of one group can share a batch."""
-        return tuple(self.pixels_3hw.shape), self.layers
+        kind = (self.regions.box_size, self.regions.normalize) if self.regions else None
+        return tuple(self.pixels_3hw.shape), self.layers, kind
 
 
 class BatcherClosedError(Exception):
@@ -53,8 +63,16 @@ class BatcherClosedError(Exception):
 class Batcher:
     """A queue of images that hands out batches; safe to use from any thread."""
 
-    def __init__(self, batch_tokens: int, metrics: Metrics) -> None:
+    def __init__(
+        self, batch_tokens: int, metrics: Metrics, *, batch_cells: float = math.inf
+    ) -> None:
+        """
+        Args:
+            batch_tokens: Most tokens in a batch.
+            batch_cells: Most cells of boxes in a batch; an image that has more goes alone.
+        """
         self.batch_tokens = batch_tokens
+        self._batch_cells = batch_cells
         self._metrics = metrics
         self._queue: deque[QueuedImage] = deque()
         self._queued_tokens = 0
@@ -105,12 +123,14 @@ class Batcher:
     def _take(self) -> list[QueuedImage]:
         batch: list[QueuedImage] = []
         left_over: deque[QueuedImage] = deque()
-        tokens = 0
+        tokens = cells = 0
         group = None
         while self._queue:
             image = self._queue.popleft()
             if group is not None and (
-                image.group != group or tokens + image.num_tokens > self.batch_tokens
+                image.group != group
+                or tokens + image.num_tokens > self.batch_tokens
+                or cells + image.num_cells > self._batch_cells
             ):
                 left_over.append(image)
                 continue
@@ -121,6 +141,7 @@ class Batcher:
                 continue
             group = image.group
             tokens += image.num_tokens
+            cells += image.num_cells
             batch.append(image)
         self._queue = left_over
         return batch

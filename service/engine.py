@@ -1,6 +1,7 @@
 """One thread per device that owns the model and does nothing but forwards.
 
-Dimension key: B = images of a batch, h, w = image in pixels, N = patch tokens, C = channels.
+Dimension key: B = images of a batch, h, w = image in pixels, N = patch tokens of an image, or
+cells of its boxes, C = channels.
 """
 
 import logging
@@ -11,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from backbone import DenseEncoder
+from backbone import DenseEncoder, DenseFeatures
 from service.batcher import Batcher, EncodedImage, QueuedImage
+from service.boxes import align
 from service.errors import EncodingFailedError, NotReadyError
 from service.metrics import Metrics
 from service.warmup import WarmUp, warm_up
@@ -118,12 +120,13 @@ class Engine:
         started = time.perf_counter()
         images_B3hw = torch.stack([image.pixels_3hw for image in batch])
         layers = self.encoder.encode(images_B3hw, layers=batch[0].layers)
-        tokens_BNC: list[Tensor] = [features.tokens.cpu() for features in layers]
+        outputs = [_copied_back(features, batch) for features in layers]
         ended = time.perf_counter()
         self._metrics.images.inc(len(batch))
+        self._metrics.boxes.inc(sum(image.regions.num_boxes for image in batch if image.regions))
         return [
             EncodedImage(
-                tokens_NC=[tokens[index] for tokens in tokens_BNC],
+                tokens_NC=[tokens_of_image[index] for tokens_of_image in outputs],
                 grid=layers[0].grid,
                 queue_seconds=started - image.queued_at,
                 forward_seconds=ended - started,
@@ -131,6 +134,12 @@ class Engine:
             )
             for index, image in enumerate(batch)
         ]
+
+
+def _copied_back(features: DenseFeatures, batch: Sequence[QueuedImage]) -> list[Tensor]:
+    """What each image of a batch is answered with, `[N, C]` on the CPU; of boxes nothing else."""
+    regions = [image.regions for image in batch if image.regions is not None]
+    return align(features, regions) if regions else list(features.tokens.cpu())
 
 
 def _fail(image: QueuedImage, error: Exception) -> None:

@@ -18,6 +18,7 @@ from backbone.preprocess import resolve_size
 from service import errors, wire
 from service.batcher import BatcherClosedError, EncodedImage, QueuedImage
 from service.bodies import IMAGE_TYPES, BodyKind, Payload, body_kind, parse_payload, read_body
+from service.boxes import Regions, check_boxes, regions_per_image
 from service.decoding import DecodedImage, decode_resized
 from service.lifecycle import FeatureService
 from service.metrics import Stage
@@ -95,11 +96,12 @@ class Stages:
     openapi_extra=describe_request(IMAGE_TYPES),
 )
 async def features(request: Request, service: ServiceDep) -> Response:
-    """Features of every patch of the images, the register border stripped.
+    """Features of every patch of the images, the register border stripped, or of boxes in them.
 
     Send one image as the body, several as `multipart/form-data` (`images`, repeated, and
     `options` as JSON), or JSON with base64. `Accept` chooses safetensors (default; all metadata
-    in its header), npy (one array) or JSON (base64).
+    in its header: tensors `features.0`, ... or with `boxes` `boxes.0`, ...), npy (one array) or
+    JSON (base64).
     """
     service.check_accepting()
     stages = Stages()
@@ -164,13 +166,26 @@ class FeatureRequest:
             ServiceError: whatever stands in the way.
         """
         payload = await self._parse(body)
-        options = parse_options(self._query, payload.options)
+        options = await self._options(payload)
         layers = resolve_layers(options.layers, self._encoder.backbone.depth)
+        check_boxes(
+            options.boxes,
+            options.box_size,
+            len(payload.images),
+            max_image_boxes=self._service.settings.max_image_boxes,
+            max_cells=self._service.settings.max_box_cells,
+        )
         decoded = await self._decode(payload.images, options)
-        num_values = self._num_values(decoded, layers)
+        regions = regions_per_image(
+            options.boxes,
+            [image.original for image in decoded],
+            box_size=options.box_size,
+            normalize=options.normalize,
+        )
+        num_values = self._num_values(decoded, regions, layers)
         wire.check_response_size(self._media, num_values)
         self._stages.end("decode")
-        encoded = await self._encode(decoded, layers)
+        encoded = await self._encode(decoded, regions, layers)
         self._stages.skip_to_now()
         source = wire.Source(
             model=self._service.settings.model,
@@ -197,6 +212,12 @@ class FeatureRequest:
         return await self._service.pool.run(
             lambda: parse_payload(self._kind, body, max_images=max_images)
         )
+
+    async def _options(self, payload: Payload) -> FeatureOptions:
+        if not payload.options:
+            return parse_options(self._query)
+        # A body may list very many boxes, and they are only counted after they were read.
+        return await self._service.pool.run(parse_options, self._query, payload.options)
 
     async def _decode(self, images: Sequence[bytes], options: FeatureOptions) -> list[DecodedImage]:
         def choose_size(height: int, width: int) -> tuple[int, int]:
@@ -231,13 +252,26 @@ class FeatureRequest:
                 "ask for a smaller size"
             )
 
-    def _num_values(self, images: Sequence[DecodedImage], layers: Sequence[int]) -> int:
+    def _num_values(
+        self,
+        images: Sequence[DecodedImage],
+        regions: Sequence[Regions | None],
+        layers: Sequence[int],
+    ) -> int:
         patch_area = self._encoder.patch_size**2
-        num_patches = sum(image.resized[0] * image.resized[1] for image in images) // patch_area
-        return num_patches * self._encoder.backbone.embed_dim * len(layers)
+        num_vectors = sum(
+            image.resized[0] * image.resized[1] // patch_area
+            if of_image is None
+            else of_image.num_cells
+            for image, of_image in zip(images, regions, strict=True)
+        )
+        return num_vectors * self._encoder.backbone.embed_dim * len(layers)
 
     async def _encode(
-        self, images: Sequence[DecodedImage], layers: tuple[int, ...]
+        self,
+        images: Sequence[DecodedImage],
+        regions: Sequence[Regions | None],
+        layers: tuple[int, ...],
     ) -> list[EncodedImage]:
         batcher = self._service.batcher
         try:
@@ -245,11 +279,14 @@ class FeatureRequest:
                 asyncio.wrap_future(
                     batcher.submit(
                         QueuedImage(
-                            image.pixels_3hw, layers, self._encoder.num_tokens(*image.resized)
+                            image.pixels_3hw,
+                            layers,
+                            self._encoder.num_tokens(*image.resized),
+                            of_image,
                         )
                     )
                 )
-                for image in images
+                for image, of_image in zip(images, regions, strict=True)
             ]
         except BatcherClosedError:
             raise errors.NotReadyError("the engine has stopped; retry in a moment") from None

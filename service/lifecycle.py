@@ -33,7 +33,9 @@ class FeatureService:
     def __init__(self, settings: Settings, open_encoder: OpenEncoder | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.batcher = Batcher(settings.batch_tokens, self.metrics)
+        self.batcher = Batcher(
+            settings.batch_tokens, self.metrics, batch_cells=settings.max_box_cells
+        )
         self.in_flight = 0
         self.failure: Exception | None = None
         self._is_draining = False

@@ -37,6 +37,7 @@ class Metrics:
         self.errors = self._counter("errors", "Error answers", ("code",))
         self.abandoned = self._counter("abandoned_requests", "Requests whose client hung up")
         self.images = self._counter("images", "Images encoded")
+        self.boxes = self._counter("boxes", "Boxes cut out of encoded images")
         self.cancelled_images = self._counter(
             "cancelled_images", "Images taken out of the queue because their request ended"
         )

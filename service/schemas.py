@@ -1,11 +1,13 @@
 """What a request may ask for and what `/info` says."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from service.boxes import MAX_BOX_SIZE, Box, read_boxes
 from service.errors import InvalidOptionError, ServiceError, UnknownOptionError
 from service.hints import nearest
 
@@ -13,6 +15,10 @@ Dtype = Literal["float16", "float32"]
 Layout = Literal["grid", "tokens", "nchw"]
 
 _LISTS = ("size", "layers")
+_REPEATED = ("layers", "boxes")
+# OpenAPI of what is written otherwise in the query than in the body.
+_IN_QUERY = {"boxes": {"type": "array", "items": {"type": "number"}, "minItems": 4}}
+_MAX_NUMBER_LENGTH = 40
 _TRUE, _FALSE = ("true", "1"), ("false", "0")
 
 
@@ -31,9 +37,26 @@ class FeatureOptions(BaseModel):
     )
     dtype: Dtype = Field("float16", description="number format of the features")
     layout: Layout = Field(
-        "grid", description="shape of an image's features: [h, w, C], [h*w, C] or [1, C, h, w]"
+        "grid",
+        description="shape of an image's features: [h, w, C], [h*w, C] or [1, C, h, w]; of its "
+        "boxes: [K, p, p, C], [K, p*p, C] or [K, C, p, p] with p = box_size, and [K, C] with "
+        "box_size 1",
     )
-    normalize: bool = Field(False, description="scale every token to unit length")
+    normalize: bool = Field(False, description="scale every vector to unit length")
+    boxes: Annotated[
+        tuple[tuple[Box, ...], ...] | None,
+        BeforeValidator(read_boxes),
+    ] = Field(
+        None,
+        description="answer with features of boxes (ROI-align) instead of the patch grid: for "
+        "each image a list of `[x0, y0, x1, y1]` in pixels of the image as sent and upright. For "
+        "one image also a flat list of boxes; as query parameter `x0,y0,x1,y1`, several in one or "
+        "repeated. What lies outside of the image counts as zeros; a box may reach beyond it as "
+        "far as the image is large",
+    )
+    box_size: Annotated[int, Field(ge=1, le=MAX_BOX_SIZE)] = Field(
+        1, description="cells of a box on each side; 1: one vector for each box"
+    )
 
 
 def parse_options(
@@ -47,8 +70,8 @@ def parse_options(
     """
     values: dict[str, Any] = {}
     for name, text in query:
-        if name in values and name == "layers" and isinstance(values[name], list):
-            values[name] += _as_list(text)
+        if name in values and name in _REPEATED:
+            values[name] += _from_text(name, text)
         elif name in values:
             raise InvalidOptionError(f"option {name!r} is given twice; give it once")
         else:
@@ -63,13 +86,21 @@ def parse_options(
         return _DEFAULT_OPTIONS
     try:
         # Through JSON, so that strict validation still takes a list for a tuple.
-        return FeatureOptions.model_validate_json(orjson.dumps(values))
+        options = FeatureOptions.model_validate_json(orjson.dumps(values))
     except (ValidationError, orjson.JSONEncodeError) as error:
         raise _option_error(error) from None
+    if "box_size" in values and options.boxes is None:
+        raise InvalidOptionError("option 'box_size' is given without 'boxes'; give both or none")
+    return options
 
 
-def _from_text(name: str, text: str) -> object:
+def _from_text(name: str, text: str) -> Any:
     """A query parameter's value; what cannot be read stays text, and validation says so."""
+    if name == "boxes":
+        sides = [_as_number(part.strip()) for part in _without_brackets(text).split(",")]
+        return [sides[start : start + 4] for start in range(0, len(sides), 4)]
+    if name == "box_size" and _is_integer(text):
+        return int(text)
     if name in _LISTS:
         numbers = _as_list(text)
         return numbers[0] if name == "size" and len(numbers) == 1 and "[" not in text else numbers
@@ -79,8 +110,22 @@ def _from_text(name: str, text: str) -> object:
 
 
 def _as_list(text: str) -> list[int | str]:
-    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+    parts = _without_brackets(text).split(",")
     return [int(part) if _is_integer(part.strip()) else part.strip() for part in parts]
+
+
+def _without_brackets(text: str) -> str:
+    return text.strip().removeprefix("[").removesuffix("]")
+
+
+def _as_number(text: str) -> float | str:
+    if len(text) > _MAX_NUMBER_LENGTH:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
 
 
 def _is_integer(text: str) -> bool:
@@ -96,6 +141,8 @@ def _option_error(error: ValidationError | orjson.JSONEncodeError) -> ServiceErr
     if item["type"] == "extra_forbidden":
         hint = nearest(name, FeatureOptions.model_fields)
         return UnknownOptionError(f"unknown option {name!r}: {hint}")
+    if item["type"] == "value_error":
+        return InvalidOptionError(f"option {name!r}: {item['ctx']['error']}")
     shown = repr(item["input"])[:80]
     choices = get_args(FeatureOptions.model_fields[name].annotation)
     if item["type"] == "literal_error":
@@ -141,7 +188,7 @@ def describe_request(image_types: Sequence[str]) -> dict[str, Any]:
                 "in": "query",
                 "required": False,
                 "description": schema["description"],
-                "schema": schema,
+                "schema": _IN_QUERY.get(name, schema),
                 "explode": False,
             }
             for name, schema in options["properties"].items()
@@ -173,6 +220,9 @@ class LimitsInfo(BaseModel):
     max_images: int
     max_image_pixels: int
     max_image_tokens: int
+    max_image_boxes: int
+    max_box_cells: int = Field(description="boxes x box_size x box_size of a request")
+    max_box_size: int
     batch_tokens: int
     max_json_values: int
 

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.hints import nearest
 
 ENV_PREFIX = "REFINERY_"
+# Read by `kernels.dispatch` itself, which also checks it; importing that here would load torch.
+KERNELS_VARIABLE = "REFINERY_KERNELS"
 _MIB = 1024 * 1024
 
 
@@ -61,6 +63,15 @@ class Settings(BaseModel):
         ge=1,
         description="most tokens, register border included, that one image may cost at the size "
         "asked for; memory and time of one forward grow with it",
+    )
+    max_image_boxes: int = Field(
+        1000, ge=1, description="most boxes of one image, with the option boxes"
+    )
+    max_box_cells: int = Field(
+        65536,
+        ge=1,
+        description="most cells of all boxes of a request, boxes x box_size x box_size; each is a "
+        "vector of the answer",
     )
     batch_tokens: int = Field(
         16384,
@@ -160,12 +171,12 @@ def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> S
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     values = {}
     for variable, value in environment.items():
-        if not variable.startswith(ENV_PREFIX):
+        if not variable.startswith(ENV_PREFIX) or variable == KERNELS_VARIABLE:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in Settings.model_fields or variable != variable.upper():
             known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
-            hint = nearest(variable.upper(), known)
+            hint = nearest(variable.upper(), [*known, KERNELS_VARIABLE])
             raise SettingsError(f"unknown variable {variable}: {hint}")
         values[name] = value
     return values
@@ -205,7 +216,10 @@ def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) ->
     parser = argparse.ArgumentParser(
         prog="python -m service",
         description="Serve dense image features over HTTP: POST /features, documentation at /docs.",
-        epilog="A flag wins over its variable. Exit status: 0 after SIGTERM with every request "
+        epilog=f"A flag wins over its variable. {KERNELS_VARIABLE} chooses what computes attention "
+        "and boxes: auto (default) takes the Triton kernels where they are made for the GPU and "
+        "PyTorch elsewhere, reference takes PyTorch everywhere, triton takes the kernels or fails; "
+        "the log says once what runs. Exit status: 0 after SIGTERM with every request "
         "answered, 1 when the drain deadline cut some off or the service failed, 2 for settings "
         "or a model that cannot be used.",
         allow_abbrev=False,

@@ -1,7 +1,7 @@
 """First forwards of a model, before the service calls itself ready.
 
-They pay for lazy initialisation, prove that the model runs, and measure how much an image's
-features depend on the company it is encoded in.
+They pay for lazy initialisation and the compilation of kernels, prove that the model runs, and
+measure how much an image's features depend on the company it is encoded in.
 
 Dimension key: B = images, N = patch tokens, C = channels, h, w = image in pixels.
 """
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backbone import DenseEncoder
+from backbone import DenseEncoder, DenseFeatures
+from service.boxes import Regions, align
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ def warm_up(encoder: DenseEncoder, *, max_tokens: int) -> WarmUp:
     images_B3hw = torch.randint(
         0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8
     )
-    together_BNC = encoder.encode(images_B3hw)[0].tokens.float().cpu()
+    (together,) = encoder.encode(images_B3hw)
+    _warm_up_boxes(together)
+    together_BNC = together.tokens.float().cpu()
     alone_BNC = torch.cat(
         [encoder.encode(image[None])[0].tokens.float().cpu() for image in images_B3hw]
     )
@@ -76,6 +79,14 @@ def warm_up(encoder: DenseEncoder, *, max_tokens: int) -> WarmUp:
         error,
     )
     return WarmUp(bound, error, cosine)
+
+
+def _warm_up_boxes(features: DenseFeatures) -> None:
+    whole_14 = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    batch = features.tokens.shape[0]
+    for box_size in (1, 7):
+        for normalize in (False, True):
+            align(features, [Regions(whole_14, box_size, normalize)] * batch)
 
 
 def _difference(left_BNC: Tensor, right_BNC: Tensor) -> tuple[float, float]:

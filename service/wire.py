@@ -1,6 +1,7 @@
 """Responses: which format, which shape and numbers, and the bytes without needless copies.
 
-Dimension key: h, w = patch grid, N = h * w patch tokens, C = channels.
+Dimension key: h, w = patch grid, N = h * w patch tokens, or K * p * p cells of K boxes with
+p = box_size, C = channels.
 """
 
 import base64
@@ -121,12 +122,14 @@ def check_response_size(media: MediaType, num_values: int) -> None:
 def to_array(
     tokens_NC: Tensor, grid: tuple[int, int], options: FeatureOptions, *, index: int
 ) -> Array:
-    """Tokens of image `index` in the dtype and layout asked for.
+    """Tokens of image `index`, or cells of its boxes, in the dtype and layout asked for.
+
+    Boxes come normalised.
 
     Raises:
         FeatureOverflowError: a value is beyond the dtype's range.
     """
-    if options.normalize:
+    if options.normalize and options.boxes is None:
         tokens_NC = F.normalize(tokens_NC.float(), dim=-1)
     converted_NC = tokens_NC.to(_TORCH_DTYPES[options.dtype])
     if not bool(torch.isfinite(converted_NC).all()):
@@ -134,8 +137,22 @@ def to_array(
         raise FeatureOverflowError(
             f"features of image {index} exceed the range of {options.dtype}; {hint}", index=index
         )
-    array: Array = _in_layout(converted_NC, grid, options.layout).contiguous().numpy()
+    if options.boxes is None:
+        shaped = _in_layout(converted_NC, grid, options.layout)
+    else:
+        shaped = _boxes_in_layout(converted_NC, options.box_size, options.layout)
+    array: Array = shaped.contiguous().numpy()
     return array
+
+
+def _boxes_in_layout(cells_NC: Tensor, box_size: int, layout: Layout) -> Tensor:
+    if box_size == 1:
+        return cells_NC
+    num_boxes = cells_NC.shape[0] // box_size**2
+    if layout == "tokens":
+        return cells_NC.reshape(num_boxes, box_size**2, cells_NC.shape[1])
+    cells_KpqC = cells_NC.reshape(num_boxes, box_size, box_size, cells_NC.shape[1])
+    return cells_KpqC if layout == "grid" else cells_KpqC.permute(0, 3, 1, 2)
 
 
 def _in_layout(tokens_NC: Tensor, grid: tuple[int, int], layout: Layout) -> Tensor:
@@ -165,53 +182,67 @@ def serialise(
     return [b"".join(parts)] if sum(map(len, parts)) < _JOIN_BYTES else parts
 
 
-def tensor_name(image: int, layer: int, source: Source) -> str:
-    """`features.0`, or `features.0.layer11` when there are several layers."""
-    return f"features.{image}" + (f".layer{layer}" if len(source.layers) > 1 else "")
+def tensor_name(image: int, layer: int, options: FeatureOptions, source: Source) -> str:
+    """`features.0`, `boxes.0` with boxes, or `features.0.layer11` when there are several layers."""
+    suffix = f".layer{layer}" if len(source.layers) > 1 else ""
+    return f"{_content(options)}.{image}{suffix}"
 
 
-def _describe(image: ImageFeatures, source: Source) -> dict[str, object]:
-    return {
+def _content(options: FeatureOptions) -> str:
+    return "features" if options.boxes is None else "boxes"
+
+
+def _describe(image: ImageFeatures, options: FeatureOptions, source: Source) -> dict[str, object]:
+    description: dict[str, object] = {
         "grid": image.grid,
         "original_size": image.original,
         "resized_to": image.resized,
         "affine": patch_affine(image.original, image.resized, source.patch_size),
     }
+    if options.boxes is not None:
+        description["num_boxes"] = len(image.arrays[0])
+    return description
+
+
+def _bytes(array: Array) -> memoryview:
+    """Its memory; unlike `array.data.cast("B")` also of an array without elements."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _safetensors(
     images: Sequence[ImageFeatures], options: FeatureOptions, source: Source
 ) -> list[Part]:
-    header: dict[str, object] = {
-        "__metadata__": {
-            "model": source.model,
-            "model_digest": source.digest,
-            "patch_size": str(source.patch_size),
-            "layers": orjson.dumps(source.layers).decode(),
-            "dtype": options.dtype,
-            "layout": options.layout,
-            "normalize": "true" if options.normalize else "false",
-            "images": orjson.dumps([_describe(image, source) for image in images]).decode(),
-        }
+    metadata = {
+        "model": source.model,
+        "model_digest": source.digest,
+        "patch_size": str(source.patch_size),
+        "layers": orjson.dumps(source.layers).decode(),
+        "dtype": options.dtype,
+        "layout": options.layout,
+        "normalize": "true" if options.normalize else "false",
+        "images": orjson.dumps([_describe(image, options, source) for image in images]).decode(),
     }
+    if options.boxes is not None:
+        metadata["box_size"] = str(options.box_size)
+    header: dict[str, object] = {"__metadata__": metadata}
     parts: list[Part] = []
     offset = 0
     for index, image in enumerate(images):
         for layer, array in zip(source.layers, image.arrays, strict=True):
-            header[tensor_name(index, layer, source)] = {
+            header[tensor_name(index, layer, options, source)] = {
                 "dtype": _SAFETENSORS_DTYPES[options.dtype],
                 "shape": array.shape,
                 "data_offsets": (offset, offset + array.nbytes),
             }
             offset += array.nbytes
-            parts.append(array.data.cast("B"))
+            parts.append(_bytes(array))
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)  # readers map the tensors: keep them aligned
     return [struct.pack("<Q", len(text)) + text, *parts]
 
 
 def _npy(images: Sequence[ImageFeatures], options: FeatureOptions, source: Source) -> list[Part]:
-    """One array [images, *layout]."""
+    """One array [images, *layout]; with boxes as many for each image."""
     if len(source.layers) > 1:
         raise InvalidOptionError(
             f"{len(source.layers)} layers do not fit one npy array; ask for one layer, or for "
@@ -222,10 +253,12 @@ def _npy(images: Sequence[ImageFeatures], options: FeatureOptions, source: Sourc
     if len(shapes) > 1:
         raise InvalidOptionError(
             f"features of {len(shapes)} shapes do not fit one npy array; give a size of "
-            "[height, width], or ask for Accept: application/x-safetensors"
+            "[height, width] and as many boxes for each image, or ask for "
+            "Accept: application/x-safetensors"
         )
     # nchw arrays bring their image axis with them.
-    shape = arrays[0].shape if options.layout == "nchw" else (1, *arrays[0].shape)
+    has_image_axis = options.layout == "nchw" and options.boxes is None
+    shape = arrays[0].shape if has_image_axis else (1, *arrays[0].shape)
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         head,
@@ -235,11 +268,11 @@ def _npy(images: Sequence[ImageFeatures], options: FeatureOptions, source: Sourc
             "shape": (len(arrays), *shape[1:]),
         },
     )
-    return [head.getvalue(), *(array.data.cast("B") for array in arrays)]
+    return [head.getvalue(), *(_bytes(array) for array in arrays)]
 
 
 def _json(images: Sequence[ImageFeatures], options: FeatureOptions, source: Source) -> list[Part]:
-    document = {
+    document: dict[str, object] = {
         "model": source.model,
         "model_digest": source.digest,
         "patch_size": source.patch_size,
@@ -248,12 +281,12 @@ def _json(images: Sequence[ImageFeatures], options: FeatureOptions, source: Sour
         "normalize": options.normalize,
         "images": [
             {
-                **_describe(image, source),
-                "features": [
+                **_describe(image, options, source),
+                _content(options): [
                     {
                         "layer": layer,
                         "shape": array.shape,
-                        "data": base64.b64encode(array.data).decode("ascii"),
+                        "data": base64.b64encode(_bytes(array)).decode("ascii"),
                     }
                     for layer, array in zip(source.layers, image.arrays, strict=True)
                 ],
@@ -261,6 +294,8 @@ def _json(images: Sequence[ImageFeatures], options: FeatureOptions, source: Sour
             for image in images
         ],
     }
+    if options.boxes is not None:
+        document["box_size"] = options.box_size
     return [orjson.dumps(document)]
 
 

@@ -22,7 +22,7 @@ def encoder(tmp_path):
 def test_the_border_is_laid_encoded_and_stripped(encoder):
     batch = images(2, 3, 48, 80)
 
-    (features,) = encoder.encode(batch)
+    (features,) = encoder.encode(batch, registers=True)
 
     backbone = tiny_backbone()
     pixels = normalize(batch, mean=backbone.mean, std=backbone.std)
@@ -52,8 +52,8 @@ def test_several_layers_come_stripped(encoder):
 
 def test_a_wider_border_can_be_asked_for(encoder):
     (narrow,) = encoder.encode(images(1, 3, 64, 64))
-    (wide,) = encoder.encode(images(1, 3, 64, 64), register_width=3)
-    (none,) = encoder.encode(images(1, 3, 64, 64), register_width=0)
+    (wide,) = encoder.encode(images(1, 3, 64, 64), register_width=3, registers=True)
+    (none,) = encoder.encode(images(1, 3, 64, 64), register_width=0, registers=True)
 
     assert narrow.tokens.shape == wide.tokens.shape == none.tokens.shape
     assert wide.registers.shape[1] == 10 * 10 - 16

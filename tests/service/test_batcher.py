@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from service.batcher import Batcher, BatcherClosedError, QueuedImage
+from service.boxes import Regions
 from service.metrics import Metrics
 
 SMALL, LARGE = (32, 32), (32, 48)
@@ -15,8 +16,12 @@ def batcher():
     return Batcher(10, Metrics())
 
 
-def image(size=SMALL, tokens=4, layers=(11,)):
-    return QueuedImage(torch.zeros(3, *size, dtype=torch.uint8), layers, tokens)
+def image(size=SMALL, tokens=4, layers=(11,), regions=None):
+    return QueuedImage(torch.zeros(3, *size, dtype=torch.uint8), layers, tokens, regions)
+
+
+def regions(num_boxes, box_size=1, normalize=False):
+    return Regions(torch.zeros(num_boxes, 4), box_size, normalize)
 
 
 def submit(batcher, *images):
@@ -49,6 +54,21 @@ def test_a_batch_holds_one_size_and_one_choice_of_layers(batcher):
     a, b, c, d = submit(batcher, image(), image(LARGE), image(layers=(5,)), image())
 
     assert [batcher.next_batch() for _ in range(3)] == [[a, d], [b], [c]]
+
+
+def test_a_batch_holds_boxes_of_one_kind_however_many(batcher):
+    kinds = [regions(3), None, regions(1, 7), regions(1, 1, True), regions(5)]
+    a, b, c, d, e = submit(batcher, *(image(tokens=1, regions=kind) for kind in kinds))
+
+    assert [batcher.next_batch() for _ in range(4)] == [[a, e], [b], [c], [d]]
+
+
+def test_a_batch_stays_within_its_budget_of_cells():
+    batcher = Batcher(10, Metrics(), batch_cells=100)
+    kinds = [regions(1, 7), regions(1, 7), regions(1, 7), regions(4, 7)]
+    a, b, c, d = submit(batcher, *(image(tokens=1, regions=kind) for kind in kinds))
+
+    assert [batcher.next_batch() for _ in range(3)] == [[a, b], [c], [d]]
 
 
 def test_the_oldest_image_goes_first_whatever_comes_after_it(batcher):

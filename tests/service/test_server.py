@@ -274,6 +274,22 @@ def test_an_unknown_variable_ends_the_start(monkeypatch):
     assert "REFINERY_PORT" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("fast", "'fast'; use one of auto, triton, reference"), ("triton", "REFINERY_KERNELS=triton")],
+)
+def test_kernels_that_cannot_run_end_the_start(monkeypatch, artifact, value, message):
+    # Without the interpreter, whatever this process runs under.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("REFINERY_KERNELS", value)
+
+    result = run_service("--model", str(artifact), "--device", "cpu", "--port", "0")
+
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
 def test_print_config_shows_flags_variables_and_defaults(monkeypatch):
     monkeypatch.setenv("REFINERY_PORT", "8100")
 

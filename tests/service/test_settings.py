@@ -1,6 +1,13 @@
 import pytest
 
-from service.settings import Settings, SettingsError, load_settings, parse_arguments
+from kernels import dispatch
+from service.settings import (
+    KERNELS_VARIABLE,
+    Settings,
+    SettingsError,
+    load_settings,
+    parse_arguments,
+)
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -38,6 +45,14 @@ def test_switches_can_be_set_by_variables(text, value):
 def test_an_unknown_variable_is_refused_with_the_nearest_name():
     with pytest.raises(SettingsError, match="REFINERY_BATCH_TOKEN: did you mean 'REFINERY_BATCH_"):
         load_settings({"model": "m"}, {"REFINERY_BATCH_TOKEN": "1"})
+
+
+def test_the_kernels_own_variable_is_known_and_left_to_them():
+    assert KERNELS_VARIABLE == dispatch.MODE_VARIABLE
+    assert load_settings({"model": "m"}, {KERNELS_VARIABLE: "reference"}).model == "m"
+
+    with pytest.raises(SettingsError, match="did you mean 'REFINERY_KERNELS'"):
+        load_settings({"model": "m"}, {"REFINERY_KERNEL": "reference"})
 
 
 def test_variables_of_other_programs_are_left_alone():
@@ -94,6 +109,7 @@ def test_help_names_flags_variables_and_defaults(capsys):
         assert f"--{name.replace('_', '-')} " in text
         assert f"REFINERY_{name.upper()})" in text
     assert "default 16384; REFINERY_BATCH_TOKENS" in text
+    assert "REFINERY_KERNELS chooses" in text
 
 
 def test_an_abbreviated_flag_is_refused(capsys):
