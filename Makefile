@@ -1,8 +1,11 @@
 # Every target creates the virtual environment and installs what is locked, when that is needed.
 #   make serve [MODEL=models/demo] [PORT=8000]     the feature server
 #   make test                                      all tests
+#   make test-gpu                                  tests that need a CUDA device
 #   make check                                     lint, format, types
 #   make train-demo IMAGES=DIR [OUTPUT=runs/demo]  refine the small pre-trained backbone that ships
+#   make bench-kernels [OUTPUT=build/kernels]      the kernels against their baselines, on a GPU or on the CPU
+#   make kernel-resources                          renew benchmarks/results/kernel_resources_sm90.csv
 #   make lock                                      renew requirements.lock
 #   make clean                                     remove the environment and caches
 
@@ -18,9 +21,11 @@ OUTPUT ?= runs/demo
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST_TRITON := build/triton-3.6.0
+RESOURCES := benchmarks/results/kernel_resources_sm90.csv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu check train-demo lock clean
+.PHONY: help serve test test-gpu check train-demo bench-kernels kernel-resources lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,11 +40,24 @@ $(INSTALLED): requirements.lock pyproject.toml
 serve: $(INSTALLED)
 	$(BIN)/python -m service --model $(MODEL) --host $(HOST) --port $(PORT)
 
-test: $(INSTALLED)
+# Triton decides at import whether it interprets: what runs device code on the CPU is a process of its own.
+test: $(INSTALLED) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 REFINERY_KERNELS=triton $(BIN)/python -m pytest tests/kernels/device
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+$(OLDEST_TRITON): requirements-oldest-triton.lock | $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $@ \
+		-r requirements-oldest-triton.lock
+	touch $@
+
+kernel-resources: $(INSTALLED) $(OLDEST_TRITON)
+	$(BIN)/python -m tests.kernels.aot.harness --output build/newest.csv
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tests.kernels.aot.harness --output build/oldest.csv
+	{ cat build/newest.csv; tail -n +2 build/oldest.csv; } > $(RESOURCES)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""The operations of `kernels` against what a library offers for the same."""

@@ -1,0 +1,97 @@
+"""What one would write without the kernels: the same results by library calls alone.
+
+Dimension key: that of the operation in `kernels`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import TokenWindow
+
+SDPA_BACKENDS: Mapping[str, SDPBackend] = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def roi_align(
+    tokens_BTC: Tensor, boxes_BK4: Tensor, window: TokenWindow, output_size: tuple[int, int]
+) -> Tensor:
+    """torchvision's, with the permutes and the float32 copy that it needs."""
+    (h, w), extra = window.grid, 2 * window.border
+    canvas = tokens_BTC[:, window.prefix :].reshape(len(tokens_BTC), h + extra, w + extra, -1)
+    maps_BChw = canvas[:, window.border :, window.border :][:, :h, :w].permute(0, 3, 1, 2)
+    wide = maps_BChw if maps_BChw.dtype == torch.float64 else maps_BChw.float()
+    scale = torch.tensor([w, h, w, h], dtype=boxes_BK4.dtype, device=boxes_BK4.device)
+    rois = torchvision.ops.roi_align(
+        wide.contiguous(), list((boxes_BK4 * scale).to(wide.dtype)), output_size, aligned=True
+    )
+    result: Tensor = rois.flatten(2).mT.to(tokens_BTC.dtype)
+    return result
+
+
+def attention_inflow(q_BHND: Tensor, k_BHND: Tensor) -> Tensor:
+    """From the attention maps, in the number format of the queries."""
+    scores = q_BHND @ k_BHND.mT * q_BHND.shape[-1] ** -0.5
+    inflow_BN: Tensor = scores.softmax(dim=-1).sum(dim=-2, dtype=_wide(q_BHND)).mean(dim=1)
+    return inflow_BN
+
+
+def release_inflow(q_BHND: Tensor, k_BHND: Tensor) -> Tensor:
+    """The `release` variant from its maps: heads joined, unit norm, no scale."""
+    q_BNC, k_BNC = (
+        F.normalize(x.transpose(1, 2).flatten(2).to(_wide(x)), dim=-1).to(x.dtype)
+        for x in (q_BHND, k_BHND)
+    )
+    return (q_BNC @ k_BNC.mT).softmax(dim=-1).sum(dim=-2, dtype=_wide(q_BHND))
+
+
+def max_similarity(queries_BNC: Tensor, keys_BMC: Tensor) -> tuple[Tensor, Tensor]:
+    """Through the table of all products."""
+    values, indices = (queries_BNC @ keys_BMC.mT).max(dim=-1)
+    return values, indices
+
+
+def logsumexp_mean(
+    rows_BNC: Tensor, columns_BMC: Tensor, *, temperature: float, threshold: float
+) -> Tensor:
+    """Mean logsumexp of the similarities; those below the threshold pass no gradient."""
+    similarity_BNM = rows_BNC @ columns_BMC.mT
+    floored = torch.where(similarity_BNM < threshold, similarity_BNM.detach(), similarity_BNM)
+    return (floored / temperature).logsumexp(dim=-1).mean()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: TokenWindow) -> Tensor:
+    """All queries, as a block of timm computes them; the caller's part is cut out after."""
+    out_BTHD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return out_BTHD[:, window.kept_index(q.device)]
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: TokenWindow, backend: SDPBackend | None = None
+) -> Tensor:
+    """The wanted queries gathered first, then SDPA (with one backend, or torch's choice)."""
+    wanted = q[:, :, window.kept_index(q.device)]
+    if backend is None:
+        return F.scaled_dot_product_attention(wanted, k, v).transpose(1, 2).contiguous()
+    with sdpa_kernel([backend]):
+        return F.scaled_dot_product_attention(wanted, k, v).transpose(1, 2).contiguous()
+
+
+def supported(run: Callable[[], object]) -> bool:
+    """Whether a contender can do the shape at all: not every SDPA backend has every head dim."""
+    try:
+        run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
