@@ -1,4 +1,4 @@
-"""How exact a kernel must be: no worse than twice the error of PyTorch in the same number format."""
+"""How exact a kernel must be: at most twice the error of PyTorch in the same number format."""
 
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ import pytest
 import triton
 
 from tests.kernels.aot.case import Case
-from tests.kernels.aot.harness import Resources, violations
+from tests.kernels.aot.harness import Resources, untaken_rows, violations
 from tests.support import ROOT
 
 TABLE = ROOT / "benchmarks" / "results" / "kernel_resources_sm90.csv"
@@ -89,3 +89,8 @@ def test_every_rule_can_be_broken(change, words):
 
     assert not list(violations([GOOD], [case]))
     assert any(words in line for line in violations([GOOD._replace(**change)], [case]))
+
+
+def test_a_row_of_tiles_that_no_case_compiles_is_told():
+    assert any("attention, row 0" in line for line in untaken_rows([]))
+    assert not any("attention, row 0" in line for line in untaken_rows([("attention", 0)]))

@@ -33,6 +33,7 @@ from tests.kernels.aot.case import Case
 
 OPERATIONS = ("attention", "attention_flow", "contrastive", "roi_align", "similarity")
 MAX_SHARED = 232_448  # bytes that one program may ask for on sm_90
+TableRow = tuple[str, int]  # name of a list of `configs/sm_90.json`, position in it
 _REGISTERS_OF_SM = 65_536
 _SHARED_OF_SM = 233_472
 _RESERVED_SHARED = 1024  # of every resident program
@@ -82,9 +83,10 @@ def cases_of(operation: str) -> list[Case]:
     ]
 
 
-def compile_case(case: Case) -> list[Resources]:
-    """Every kernel that the case launches, in order of launch."""
+def compile_case(case: Case) -> tuple[list[Resources], set[TableRow]]:
+    """Every kernel that the case launches, in order of launch, and the rows it takes tiles from."""
     compiled: list[Any] = []
+    taken: set[TableRow] = set()
 
     def launch_is_compile(function: JITFunction[Any], _grid: object) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -92,8 +94,14 @@ def compile_case(case: Case) -> list[Resources]:
 
         return launch
 
-    real_launch, real_architecture = JITFunction.__getitem__, tiles.architecture
-    JITFunction.__getitem__ = launch_is_compile
+    def choose_row(rows: str, device: torch.device, facts: dict[str, int]) -> dict[str, Any]:
+        row = real_row(rows, device, facts)
+        taken.add((rows, tiles._table("sm_90")[rows].index(row)))
+        return row
+
+    real_launch, real_row = JITFunction.__getitem__, tiles._row
+    real_architecture = tiles.architecture
+    JITFunction.__getitem__, tiles._row = launch_is_compile, choose_row
     tiles.architecture = lambda _device: "sm_90"
     try:
         with warnings.catch_warnings(), FakeTensorMode():
@@ -101,8 +109,17 @@ def compile_case(case: Case) -> list[Resources]:
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             case.launch()
     finally:
-        JITFunction.__getitem__, tiles.architecture = real_launch, real_architecture
-    return list(dict.fromkeys(_read(case.name, kernel) for kernel in compiled))
+        JITFunction.__getitem__, tiles._row = real_launch, real_row
+        tiles.architecture = real_architecture
+    return list(dict.fromkeys(_read(case.name, kernel) for kernel in compiled)), taken
+
+
+def untaken_rows(taken: Iterable[TableRow]) -> Iterator[str]:
+    """Rows of tiles that no case compiled with."""
+    for name, rows in tiles._table("sm_90").items():
+        for index, row in enumerate(rows):
+            if "tiles" in row and (name, index) not in taken:
+                yield f"sm_90.json, {name}, row {index} ({row.get('up_to', 'the last')}): no case"
 
 
 def violations(rows: Iterable[Resources], cases: Iterable[Case]) -> Iterator[str]:
@@ -181,18 +198,29 @@ def _prepare() -> None:
     triton.runtime.driver.set_active(_HopperOnPaper())
 
 
-def _compile_numbered(task: tuple[str, int]) -> list[Resources]:
+def _compile_numbered(task: tuple[str, int]) -> tuple[list[Resources], set[TableRow]]:
     operation, index = task
     return compile_case(cases_of(operation)[index])
 
 
-def compile_all(operations: Iterable[str], jobs: int) -> tuple[list[Resources], list[Case]]:
-    """The table of all cases of some operations, in their order."""
+class Compiled(NamedTuple):
+    """Everything that some operations compile to, in order, and the tile rows they take."""
+
+    rows: list[Resources]
+    cases: list[Case]
+    taken: set[TableRow]
+
+
+def compile_all(operations: Iterable[str], jobs: int) -> Compiled:
     cases = {operation: cases_of(operation) for operation in operations}
     tasks = [(operation, index) for operation in cases for index in range(len(cases[operation]))]
     with multiprocessing.get_context("spawn").Pool(jobs, _prepare) as pool:
         tables = pool.map(_compile_numbered, tasks, chunksize=1)
-    return [row for table in tables for row in table], [c for own in cases.values() for c in own]
+    return Compiled(
+        [row for rows, _ in tables for row in rows],
+        [case for own in cases.values() for case in own],
+        {row for _, taken in tables for row in taken},
+    )
 
 
 def write_table(rows: Iterable[Resources], path: Path) -> None:
@@ -211,15 +239,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="table in CSV (default: to the terminal)")
     arguments = parser.parse_args()
     _prepare()
-    rows, cases = compile_all(arguments.operations, arguments.jobs)
+    compiled = compile_all(arguments.operations, arguments.jobs)
     if arguments.output:
-        write_table(rows, arguments.output)
+        write_table(compiled.rows, arguments.output)
     else:
-        for row in rows:
+        for row in compiled.rows:
             sys.stdout.write(
                 " ".join(f"{name}={value}" for name, value in row._asdict().items()) + "\n"
             )
-    broken = list(violations(rows, cases))
+    broken = list(violations(compiled.rows, compiled.cases))
+    if set(arguments.operations) == set(OPERATIONS):
+        broken += untaken_rows(compiled.taken)
     for violation in broken:
         sys.stderr.write(f"{violation}\n")
     return 1 if broken else 0

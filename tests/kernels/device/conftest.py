@@ -1,11 +1,11 @@
 """Tests of device code: through Triton's interpreter on the CPU, or on a GPU.
 
-    TRITON_INTERPRET=1 REFINERY_KERNELS=triton python -m pytest tests/kernels/device
-    python -m pytest -m gpu
+TRITON_INTERPRET=1 REFINERY_KERNELS=triton python -m pytest tests/kernels/device
+python -m pytest -m gpu
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,12 +28,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where kernels run; everything they allocate is poisoned, so that nothing stays unwritten."""
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("no GPU, and TRITON_INTERPRET is not 1: no device code ran")
     _poison(monkeypatch)
-    yield torch.device("cpu" if INTERPRETED else "cuda")
+    return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture
