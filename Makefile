@@ -4,7 +4,6 @@
 #   make test-gpu                                  tests that need a CUDA device
 #   make check                                     lint, format, types
 #   make train-demo IMAGES=DIR [OUTPUT=runs/demo]  refine the small pre-trained backbone that ships
-#   make bench-kernels [OUTPUT=build/kernels]      the kernels against their baselines, on a GPU or on the CPU
 #   make kernel-resources                          renew benchmarks/results/kernel_resources_sm90.csv
 #   make lock                                      renew requirements.lock
 #   make clean                                     remove the environment and caches
@@ -25,7 +24,7 @@ OLDEST_TRITON := build/triton-3.6.0
 RESOURCES := benchmarks/results/kernel_resources_sm90.csv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu check train-demo bench-kernels kernel-resources lock clean
+.PHONY: help serve test test-gpu check train-demo kernel-resources lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile

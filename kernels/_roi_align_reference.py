@@ -1,10 +1,11 @@
-"""ROI-align in plain PyTorch: two matrix products, and their transpose.
+"""ROI-align in plain PyTorch: two matrix products for each box, and their transpose.
 
 Dimension key: that of `kernels.roi_align`, and G = samples of an output bin along one axis,
 S = cells of the sampled axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,26 +81,18 @@ def forward_reference(
     window: TokenWindow,
     output_size: tuple[int, int],
 ) -> Tensor:
-    """The two products, `[R, P, C]`; differentiable in the tokens."""
-    tokens_BNC = widen(tokens_BNC)
-    weights_y_Rph, weights_x_Rqw = _dense_weights(boxes_R4, window, output_size, tokens_BNC)
-    width, (rows, columns) = window.grid[1], output_size
+    """The two products of every box, `[R, P, C]`; differentiable in the tokens."""
+    rows, columns = output_size
     channels = tokens_BNC.shape[2]
-    if not num_boxes:
-        return tokens_BNC.new_zeros(0, rows * columns, channels)
-
-    rois_kPC = []
-    # Image by image: the lines between the two products are larger than tokens and result.
-    for map_hx, weights_kph, weights_kqw in zip(
-        _image_of(tokens_BNC, window).flatten(2),
-        weights_y_Rph.split(list(num_boxes)),
-        weights_x_Rqw.split(list(num_boxes)),
-        strict=True,
-    ):
-        lines_kpx = weights_kph.flatten(0, 1) @ map_hx
-        lines_kpwC = lines_kpx.view(len(weights_kph), rows, width, channels)
-        rois_kPC.append((weights_kqw[:, None] @ lines_kpwC).flatten(1, 2))
-    return torch.cat(rois_kPC)
+    dtype = torch.promote_types(tokens_BNC.dtype, torch.float32)
+    rois_RPC = tokens_BNC.new_empty((len(boxes_R4), rows * columns, channels), dtype=dtype)
+    maps_BhwC = _image_of(tokens_BNC, window)
+    for index, box in enumerate(_touched(boxes_R4, num_boxes, window, output_size, rois_RPC)):
+        part_hwC = widen(maps_BhwC[box.image, box.y, box.x])
+        lines_px = box.weights_ph @ part_hwC.flatten(1)
+        lines_pwC = lines_px.view(rows, part_hwC.shape[1], channels)
+        rois_RPC[index] = (box.weights_qw @ lines_pwC).flatten(0, 1)
+    return rois_RPC
 
 
 @full_precision
@@ -111,20 +104,15 @@ def backward_reference(
     output_size: tuple[int, int],
 ) -> Tensor:
     """The transpose of the two products."""
-    gradient_RPC = widen(gradient_RPC)
-    weights_y_Rph, weights_x_Rqw = _dense_weights(boxes_R4, window, output_size, gradient_RPC)
-    lines_Rpx = (weights_x_Rqw.mT[:, None] @ gradient_RPC.unflatten(1, output_size)).flatten(2)
-
     shape = (len(num_boxes), window.num_tokens, gradient_RPC.shape[2])
-    token_gradient_BNC = gradient_RPC.new_zeros(shape)
-    for map_hwC, weights_kph, lines_kpx in zip(
-        _image_of(token_gradient_BNC, window),
-        weights_y_Rph.split(list(num_boxes)),
-        lines_Rpx.split(list(num_boxes)),
-        strict=True,
-    ):
-        gradient_hx = weights_kph.flatten(0, 1).T @ lines_kpx.flatten(0, 1)
-        map_hwC.copy_(gradient_hx.view(map_hwC.shape))
+    dtype = torch.promote_types(gradient_RPC.dtype, torch.float32)
+    token_gradient_BNC = gradient_RPC.new_zeros(shape, dtype=dtype)
+    maps_BhwC = _image_of(token_gradient_BNC, window)
+    boxes = _touched(boxes_R4, num_boxes, window, output_size, token_gradient_BNC)
+    for box, gradient_PC in zip(boxes, gradient_RPC, strict=True):
+        lines_pwC = box.weights_qw.T @ widen(gradient_PC).unflatten(0, output_size)
+        part_hwC = maps_BhwC[box.image, box.y, box.x]
+        part_hwC += (box.weights_ph.T @ lines_pwC.flatten(1)).view(part_hwC.shape)
     return token_gradient_BNC
 
 
@@ -137,18 +125,45 @@ def normalize_backward_reference(
     return tangent_RPC / norms_RP.clamp(min=EPS)[..., None]
 
 
-def _dense_weights(
-    boxes_R4: Tensor, window: TokenWindow, output_size: tuple[int, int], like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights of rows and of columns, `[R, p, h]` and `[R, q, w]`, where and as `like` is."""
+class _Box(NamedTuple):
+    """A box: its image, the cells that it touches, and their weights."""
+
+    image: int
+    y: slice
+    x: slice
+    weights_ph: Tensor
+    weights_qw: Tensor
+
+
+def _touched(
+    boxes_R4: Tensor,
+    num_boxes: Sequence[int],
+    window: TokenWindow,
+    output_size: tuple[int, int],
+    like: Tensor,
+) -> Iterator[_Box]:
+    """Every box, with weights where and as `like` is."""
     x0_R, y0_R, x1_R, y1_R = boxes_R4.unbind(-1)
-    weights = (
+    weights_Rph, weights_Rqw = (
         axis_weights(start, end, num_cells=cells, num_bins=bins, device=like.device).to(like.dtype)
         for start, end, cells, bins in zip(
             (y0_R, x0_R), (y1_R, x1_R), window.grid, output_size, strict=True
         )
     )
-    return next(weights), next(weights)
+    images = (image for image, number in enumerate(num_boxes) for _ in range(number))
+    for image, y, x, weights_ph, weights_qw in zip(
+        images, _spans(weights_Rph), _spans(weights_Rqw), weights_Rph, weights_Rqw, strict=True
+    ):
+        yield _Box(image, y, x, weights_ph[:, y], weights_qw[:, x])
+
+
+def _spans(weights_RPS: Tensor) -> list[slice]:
+    """From the first to the last cell that counts in any bin of a box; none of an empty box."""
+    is_touched_RS = (weights_RPS != 0).any(dim=1).int()
+    first_R = is_touched_RS.argmax(dim=1)
+    end_R = is_touched_RS.shape[1] - is_touched_RS.flip(1).argmax(dim=1)
+    end_R = end_R.where(is_touched_RS.any(dim=1), first_R)
+    return [slice(*ends) for ends in zip(first_R.tolist(), end_R.tolist(), strict=True)]
 
 
 def _image_of(tokens_BNC: Tensor, window: TokenWindow) -> Tensor:

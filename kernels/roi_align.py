@@ -113,7 +113,8 @@ def roi_align_reference(
     """What `roi_align` computes, as two matrix products of plain PyTorch; differentiable."""
     window = TokenWindow(grid, border, num_prefix_tokens)
     boxes_R4, counts = _check(tokens_BNC, boxes, window, output_size, num_boxes)
-    rois_RPC = forward_reference(tokens_BNC, boxes_R4, counts, window, output_size)
+    # Widened as a whole: the gradients of boxes that share a cell are summed in float32.
+    rois_RPC = forward_reference(widen(tokens_BNC), boxes_R4, counts, window, output_size)
     if normalize:
         rois_RPC = F.normalize(rois_RPC, dim=-1, eps=EPS)
     return rois_RPC.to(dtype or rois_RPC.dtype)
