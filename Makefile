@@ -42,7 +42,7 @@ serve: $(INSTALLED)
 # Triton decides at import whether it interprets: what runs device code on the CPU is a process of its own.
 test: $(INSTALLED) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 REFINERY_KERNELS=triton $(BIN)/python -m pytest tests/kernels/device
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/device
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -4,36 +4,24 @@ Dimension key: B = samples, H = heads, T = tokens, Q = queries (kept tokens), D 
 head.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.heads import head_offset, is_aligned, row_offset, split_width
+from kernels.heads import (
+    LN_2,
+    LOG2_E,
+    head_offset,
+    is_aligned,
+    load_channels,
+    row_offset,
+    split_width,
+)
 from kernels.tiles import tiles
 from kernels.window import TokenWindow
 
 MAX_HEAD_DIM = 128
-
-
-@triton.jit
-def _load_rows(
-    head_ptr,
-    offset,
-    is_row,
-    stride_d,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Channels FIRST..FIRST + WIDTH of some rows of a head, 0 where there is none."""
-    channel = FIRST + tl.arange(0, WIDTH)
-    mask = is_row[:, None]
-    if FIRST + WIDTH > HEAD_DIM:
-        mask = mask & (channel < HEAD_DIM)[None, :]
-    return tl.load(head_ptr + offset[:, None] + (channel * stride_d)[None, :], mask, other=0.0)
 
 
 @triton.jit
@@ -107,10 +95,10 @@ def _attention_kernel(
     k_ptr += head_offset(batch, head, stride_kb, stride_kh, ALIGNED)
     v_ptr += head_offset(batch, head, stride_vb, stride_vh, ALIGNED)
     q_offset = row_offset(token, stride_qt, ALIGNED)
-    q_1 = _load_rows(q_ptr, q_offset, is_query, stride_qd, 0, WIDTH_1, HEAD_DIM)
+    q_1 = load_channels(q_ptr, q_offset, is_query, stride_qd, HEAD_DIM, 0, WIDTH_1)
     out_1 = tl.zeros([BLOCK_Q, WIDTH_1], tl.float32)
     if WIDTH_2 > 0:
-        q_2 = _load_rows(q_ptr, q_offset, is_query, stride_qd, WIDTH_1, WIDTH_2, HEAD_DIM)
+        q_2 = load_channels(q_ptr, q_offset, is_query, stride_qd, HEAD_DIM, WIDTH_1, WIDTH_2)
         out_2 = tl.zeros([BLOCK_Q, WIDTH_2], tl.float32)
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -121,10 +109,10 @@ def _attention_kernel(
         k_offset = row_offset(key, stride_kt, ALIGNED)
         v_offset = row_offset(key, stride_vt, ALIGNED)
 
-        k_1 = _load_rows(k_ptr, k_offset, is_key, stride_kd, 0, WIDTH_1, HEAD_DIM)
+        k_1 = load_channels(k_ptr, k_offset, is_key, stride_kd, HEAD_DIM, 0, WIDTH_1)
         score = tl.dot(q_1, tl.trans(k_1), input_precision="tf32x3")
         if WIDTH_2 > 0:
-            k_2 = _load_rows(k_ptr, k_offset, is_key, stride_kd, WIDTH_1, WIDTH_2, HEAD_DIM)
+            k_2 = load_channels(k_ptr, k_offset, is_key, stride_kd, HEAD_DIM, WIDTH_1, WIDTH_2)
             score = tl.dot(q_2, tl.trans(k_2), score, input_precision="tf32x3")
         score = tl.where(is_key[None, :], score, float("-inf"))
 
@@ -135,11 +123,11 @@ def _attention_kernel(
         total = total * shrink + tl.sum(weight, 1)
         maximum = new_maximum
 
-        v_1 = _load_rows(v_ptr, v_offset, is_key, stride_vd, 0, WIDTH_1, HEAD_DIM)
+        v_1 = load_channels(v_ptr, v_offset, is_key, stride_vd, HEAD_DIM, 0, WIDTH_1)
         weight = weight.to(v_1.dtype)
         out_1 = tl.dot(weight, v_1, out_1 * shrink[:, None], input_precision="tf32x3")
         if WIDTH_2 > 0:
-            v_2 = _load_rows(v_ptr, v_offset, is_key, stride_vd, WIDTH_1, WIDTH_2, HEAD_DIM)
+            v_2 = load_channels(v_ptr, v_offset, is_key, stride_vd, HEAD_DIM, WIDTH_1, WIDTH_2)
             out_2 = tl.dot(weight, v_2, out_2 * shrink[:, None], input_precision="tf32x3")
 
     out_ptr += head_offset(batch, head, stride_ob, stride_oh, True)
@@ -150,7 +138,7 @@ def _attention_kernel(
         _store_rows(out_ptr, out_offset, is_query, out_2 * share, WIDTH_1, WIDTH_2, HEAD_DIM)
     if lse_ptr is not None:
         lse_ptr += (batch.to(tl.int64) * num_heads + head) * num_queries
-        lse = (maximum + tl.log2(total)) * 0.6931471805599453  # ln(2)
+        lse = (maximum + tl.log2(total)) * LN_2
         tl.store(lse_ptr + query, lse, is_query)
 
 
@@ -190,7 +178,7 @@ def launch_attention(
         window.prefix,
         window.border,
         max(1, window.grid[1]),
-        scale * math.log2(math.e),
+        scale * LOG2_E.value,
         HEAD_DIM=D,
         WIDTH_1=width_1,
         WIDTH_2=width_2,

@@ -8,16 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.heads import LN_2, LOG2_E
 from kernels.tiles import tiles
 
 
 @triton.jit
 def _floored_logsumexp_kernel(
-    similarity,  # [X, M] float32; holds the coefficients of the gradient afterwards
-    weights,  # [X] float32
-    logsumexp,  # [X] float32
-    threshold,  # [] float32
-    replacement,  # [] float32, or None where HAS_REPLACEMENT is false
+    similarity_ptr,  # [X, M] float32; holds the coefficients of the gradient afterwards
+    weights_ptr,  # [X] float32
+    logsumexp_ptr,  # [X] float32
+    threshold_ptr,  # [] float32
+    replacement_ptr,  # [] float32, or None where HAS_REPLACEMENT is false
     num_rows,  # X
     num_columns,  # M
     temperature,
@@ -26,45 +27,43 @@ def _floored_logsumexp_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
-    LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     is_row = row < num_rows
-    row_tile = similarity + row.to(tl.int64)[:, None] * num_columns
-    floor = tl.load(threshold)
+    row_tile_ptr = similarity_ptr + row.to(tl.int64)[:, None] * num_columns
+    floor = tl.load(threshold_ptr)
     per_temperature = 1.0 / tl.cast(temperature, tl.float32)
     # Rows of weight 0 are not read: they count as rows of zeros.
-    weight = tl.load(weights + row, mask=is_row, other=0.0)
+    weight = tl.load(weights_ptr + row, mask=is_row, other=0.0)
     counts = (weight != 0)[:, None]
     if HAS_REPLACEMENT:
-        constant = tl.load(replacement)
+        constant = tl.load(replacement_ptr)
 
     # Powers of 2 instead of e: the exponent is scaled once, and exp2 is what the hardware has.
     highest = tl.full([BLOCK_X], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_X], dtype=tl.float32)
     for start in tl.range(0, num_columns, BLOCK_M):
         column = start + tl.arange(0, BLOCK_M)[None, :]
-        value = tl.load(row_tile + column, mask=counts & (column < num_columns), other=0.0)
+        value = tl.load(row_tile_ptr + column, mask=counts & (column < num_columns), other=0.0)
         if HAS_REPLACEMENT:
             value = tl.where(value < floor, constant, value)
-        power = tl.where(column < num_columns, value * (per_temperature * LOG2E), float("-inf"))
+        power = tl.where(column < num_columns, value * (per_temperature * LOG2_E), float("-inf"))
         new_highest = tl.maximum(highest, tl.max(power, axis=1))
         block_total = tl.sum(tl.exp2(power - new_highest[:, None]), axis=1)
         total = total * tl.exp2(highest - new_highest) + block_total
         highest = new_highest
     log2_total = highest + tl.log2(total)
-    tl.store(logsumexp + row, log2_total * LN2, mask=is_row)
+    tl.store(logsumexp_ptr + row, log2_total * LN_2, mask=is_row)
 
     if WANTS_GRADIENT:
         scale = (weight * per_temperature)[:, None]
         for start in tl.range(0, num_columns, BLOCK_M):
             column = start + tl.arange(0, BLOCK_M)[None, :]
             is_column = column < num_columns
-            value = tl.load(row_tile + column, mask=counts & is_column, other=0.0)
-            power = value * (per_temperature * LOG2E)
+            value = tl.load(row_tile_ptr + column, mask=counts & is_column, other=0.0)
+            power = value * (per_temperature * LOG2_E)
             coefficient = tl.exp2(power - log2_total[:, None]) * scale
             coefficient = tl.where(value < floor, 0.0, coefficient)
-            tl.store(row_tile + column, coefficient, mask=is_row[:, None] & is_column)
+            tl.store(row_tile_ptr + column, coefficient, mask=is_row[:, None] & is_column)
 
 
 def launch_floored_logsumexp(

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._flow_tokens_device import LOG2_E, head_constants, load_channels, token_rows
-from kernels.heads import head_offset
+from kernels._flow_tokens_device import head_constants, token_rows
+from kernels.heads import LN_2, LOG2_E, head_offset, load_channels
 from kernels.tiles import tiles
 
 
@@ -77,7 +77,7 @@ def _row_lse_kernel(
         total = total * tl.exp2(highest - origin) + tl.sum(tl.exp2(scores - origin[:, None]), 1)
         highest = new_highest
     has_key = total > 0
-    lse = (highest + tl.log2(tl.where(has_key, total, 1.0))) / LOG2_E
+    lse = (highest + tl.log2(tl.where(has_key, total, 1.0))) * LN_2
     lse = tl.where(has_key, lse, float("inf"))
     lse_row = lse_ptr + (batch * tl.num_programs(1) + head) * num_tokens
     tl.store(lse_row + queries, lse, mask=is_query)
@@ -161,7 +161,7 @@ def launch_paper_inflow(
     num_heads, head_dim = q_BHTD.shape[1], q_BHTD.shape[3]
     penalty_BN = None
     if rejected_BN is not None:
-        penalty_BN = torch.zeros_like(rejected_BN, dtype=torch.float32)
+        penalty_BN = q_BHTD.new_zeros(num_samples, num_tokens, dtype=torch.float32)
         penalty_BN.masked_fill_(rejected_BN, -torch.inf)
     shared = head_constants(q_BHTD, k_BHTD) | {"scale": head_dim**-0.5}
     facts = {"head_dim": head_dim, "element_bytes": q_BHTD.element_size()}

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._flow_tokens_device import LOG2_E, head_constants, load_channels, token_rows
-from kernels.heads import head_offset
+from kernels._flow_tokens_device import head_constants, token_rows
+from kernels.heads import LOG2_E, head_offset, load_channels
+from kernels.precision import SHORTEST_NORM
 from kernels.tiles import tiles
 
 _JOINED_WIDTHS = (64, 32, 16)  # channels of a step where the heads' channels lie side by side
+SHORTEST: tl.constexpr = tl.constexpr(SHORTEST_NORM)
 _MIN_PROGRAMS = 264  # two for each of the 132 multiprocessors of a Hopper GPU; estimate
 
 
@@ -50,7 +52,7 @@ def _inverse_norms_kernel(
         if D_2 > 0:
             part = load_channels(base, starts, exists, stride_d, D, D_1, D_2).to(tl.float32)
             squares += tl.sum(part * part, 1)
-    inverse = 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)  # the floor of F.normalize
+    inverse = 1.0 / tl.maximum(tl.sqrt(squares), SHORTEST)
     tl.store(inverse_ptr + batch * num_tokens + rows, inverse, mask=exists)
 
 

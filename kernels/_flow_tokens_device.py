@@ -13,8 +13,6 @@ from torch import Tensor
 
 from kernels.heads import is_aligned, split_width
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * log2(e))
-
 
 @triton.jit
 def token_rows(first, num_tokens, index_ptr, stride_t, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
@@ -30,18 +28,6 @@ def token_rows(first, num_tokens, index_ptr, stride_t, BLOCK: tl.constexpr, ALIG
         # As for heads: nothing else tells the compiler that `token * 72` is a whole 16 bytes.
         starts = tl.multiple_of(starts, 8)
     return positions, exists, starts
-
-
-@triton.jit
-def load_channels(
-    base_ptr, starts, exists, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Channels FIRST to FIRST + WIDTH of some rows; what does not exist is 0."""
-    channels = FIRST + tl.arange(0, WIDTH)
-    mask = exists[:, None]
-    if FIRST + WIDTH > D:
-        mask = mask & (channels < D)[None, :]
-    return tl.load(base_ptr + starts[:, None] + channels[None, :] * stride_d, mask=mask, other=0.0)
 
 
 def head_constants(q_BHTD: Tensor, k_BHTD: Tensor) -> dict[str, Any]:

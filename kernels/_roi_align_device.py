@@ -8,7 +8,9 @@ share a table: the part of the rows comes first.
 import triton
 import triton.language as tl
 
-EPS: tl.constexpr = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
+from kernels.precision import SHORTEST_NORM
+
+SHORTEST: tl.constexpr = tl.constexpr(SHORTEST_NORM)
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def forward_kernel(
                 square += tl.sum(sum1 * sum1, axis=0)
             norm = tl.sqrt_rn(square)
             tl.store(norms_ptr + bin, norm)
-            scale = tl.div_rn(1.0, tl.maximum(norm, EPS))
+            scale = tl.div_rn(1.0, tl.maximum(norm, SHORTEST))
             sum0 *= scale
             if BLOCK_C1 > 0:
                 sum1 *= scale
@@ -289,8 +291,8 @@ def normalize_backward_kernel(
         radial += tl.sum(gradient1 * unit1, axis=0)
 
     norm = tl.load(norms_ptr + program)
-    radial = tl.where(norm >= EPS, radial, 0.0)
-    scale = tl.div_rn(1.0, tl.maximum(norm, EPS))
+    radial = tl.where(norm >= SHORTEST, radial, 0.0)
+    scale = tl.div_rn(1.0, tl.maximum(norm, SHORTEST))
     tl.store(result_ptr + c0, (gradient0 - radial * unit0) * scale, mask=is_c0)
     if BLOCK_C1 > 0:
         tl.store(result_ptr + c1, (gradient1 - radial * unit1) * scale, mask=is_c1)

@@ -1,7 +1,7 @@
 """ROI-align in plain PyTorch: two matrix products for each box, and their transpose.
 
 Dimension key: that of `kernels.roi_align`, and G = samples of an output bin along one axis,
-S = cells of the sampled axis.
+S = cells of the sampled axis, k = some boxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.precision import full_precision, widen
+from kernels.precision import SHORTEST_NORM, full_precision, wide_dtype, widen
 from kernels.window import TokenWindow
 
-EPS = 1e-12  # as in torch.nn.functional.normalize
+_WEIGHTS_AT_ONCE = 1 << 20  # of one axis, so that many boxes on a long axis cost no more memory
 
 
 def axis_weights(
@@ -52,25 +52,28 @@ def axis_weights(
         tensor.to(device) for tensor in (starts_BK, bin_size_BK, num_samples_BK)
     )
 
-    bins_P1 = torch.arange(num_bins, device=starts_BK.device, dtype=starts_BK.dtype)[:, None]
-    tried_G = torch.arange(largest, device=starts_BK.device, dtype=starts_BK.dtype)
-    step_BK11 = (bin_size_BK / num_samples_BK.clamp(min=1))[..., None, None]
-    bin_start_BKP1 = starts_BK[..., None, None] + bins_P1 * bin_size_BK[..., None, None]
-    samples_BKPG = ((-1 - bin_start_BKP1) / step_BK11).floor().sub(1).clamp(min=0) + tried_G
-    positions_BKPG = bin_start_BKP1 + (samples_BKPG + 0.5) * step_BK11
-    # One cell beyond the rim still counts, as the rim itself; further out a sample is zero, but it
-    # stays in the average.
-    is_counted_BKPG = (
-        (positions_BKPG >= -1)
-        & (positions_BKPG <= num_cells)
-        & (samples_BKPG < num_samples_BK[..., None, None])
-    )
-    positions_BKPG = positions_BKPG.clamp(0, num_cells - 1)
-
-    cells_S = torch.arange(num_cells, device=starts_BK.device, dtype=starts_BK.dtype)
-    hats_BKPGS = (1 - (positions_BKPG[..., None] - cells_S).abs()).clamp(min=0)
-    hats_BKPGS = hats_BKPGS.masked_fill(~is_counted_BKPG[..., None], 0)
-    return hats_BKPGS.sum(dim=-2) / num_samples_BK.clamp(min=1)[..., None, None]
+    device, dtype = starts_BK.device, starts_BK.dtype
+    bins_P = torch.arange(num_bins, device=device, dtype=dtype)
+    cells_S = torch.arange(num_cells, device=device, dtype=dtype)
+    step_BK1 = (bin_size_BK / num_samples_BK.clamp(min=1))[..., None]
+    bin_start_BKP = starts_BK[..., None] + bins_P * bin_size_BK[..., None]
+    first_BKP = ((-1 - bin_start_BKP) / step_BK1).floor().sub(1).clamp(min=0)
+    weights_BKPS = bin_start_BKP.new_zeros(*bin_start_BKP.shape, num_cells)
+    # Sample by sample: all at once would hold G times as many numbers.
+    for tried in range(largest):
+        sample_BKP = first_BKP + tried
+        position_BKP = bin_start_BKP + (sample_BKP + 0.5) * step_BK1
+        # One cell beyond the rim still counts, as the rim itself; further out a sample is zero, but
+        # it stays in the average.
+        is_counted_BKP = (
+            (position_BKP >= -1)
+            & (position_BKP <= num_cells)
+            & (sample_BKP < num_samples_BK[..., None])
+        )
+        position_BKP = position_BKP.clamp(0, num_cells - 1)
+        hats_BKPS = (1 - (position_BKP[..., None] - cells_S).abs()).clamp(min=0)
+        weights_BKPS += hats_BKPS.masked_fill(~is_counted_BKP[..., None], 0)
+    return weights_BKPS / num_samples_BK.clamp(min=1)[..., None, None]
 
 
 @full_precision
@@ -84,7 +87,7 @@ def forward_reference(
     """The two products of every box, `[R, P, C]`; differentiable in the tokens."""
     rows, columns = output_size
     channels = tokens_BNC.shape[2]
-    dtype = torch.promote_types(tokens_BNC.dtype, torch.float32)
+    dtype = wide_dtype(tokens_BNC)
     rois_RPC = tokens_BNC.new_empty((len(boxes_R4), rows * columns, channels), dtype=dtype)
     maps_BhwC = _image_of(tokens_BNC, window)
     for index, box in enumerate(_touched(boxes_R4, num_boxes, window, output_size, rois_RPC)):
@@ -105,7 +108,7 @@ def backward_reference(
 ) -> Tensor:
     """The transpose of the two products."""
     shape = (len(num_boxes), window.num_tokens, gradient_RPC.shape[2])
-    dtype = torch.promote_types(gradient_RPC.dtype, torch.float32)
+    dtype = wide_dtype(gradient_RPC)
     token_gradient_BNC = gradient_RPC.new_zeros(shape, dtype=dtype)
     maps_BhwC = _image_of(token_gradient_BNC, window)
     boxes = _touched(boxes_R4, num_boxes, window, output_size, token_gradient_BNC)
@@ -120,9 +123,9 @@ def normalize_backward_reference(
     gradient_RPC: Tensor, units_RPC: Tensor, norms_RP: Tensor
 ) -> Tensor:
     """Gradient of the vectors that were scaled to unit length."""
-    radial_RP = (gradient_RPC * units_RPC).sum(dim=-1).masked_fill(norms_RP < EPS, 0)
+    radial_RP = (gradient_RPC * units_RPC).sum(dim=-1).masked_fill(norms_RP < SHORTEST_NORM, 0)
     tangent_RPC = gradient_RPC - radial_RP[..., None] * units_RPC
-    return tangent_RPC / norms_RP.clamp(min=EPS)[..., None]
+    return tangent_RPC / norms_RP.clamp(min=SHORTEST_NORM)[..., None]
 
 
 class _Box(NamedTuple):
@@ -143,18 +146,23 @@ def _touched(
     like: Tensor,
 ) -> Iterator[_Box]:
     """Every box, with weights where and as `like` is."""
-    x0_R, y0_R, x1_R, y1_R = boxes_R4.unbind(-1)
-    weights_Rph, weights_Rqw = (
-        axis_weights(start, end, num_cells=cells, num_bins=bins, device=like.device).to(like.dtype)
-        for start, end, cells, bins in zip(
-            (y0_R, x0_R), (y1_R, x1_R), window.grid, output_size, strict=True
-        )
-    )
     images = (image for image, number in enumerate(num_boxes) for _ in range(number))
-    for image, y, x, weights_ph, weights_qw in zip(
-        images, _spans(weights_Rph), _spans(weights_Rqw), weights_Rph, weights_Rqw, strict=True
-    ):
-        yield _Box(image, y, x, weights_ph[:, y], weights_qw[:, x])
+    sides = zip(window.grid, output_size, strict=True)
+    largest = max(cells * bins for cells, bins in sides)
+    for boxes_k4 in boxes_R4.split(max(1, _WEIGHTS_AT_ONCE // largest)):
+        x0_k, y0_k, x1_k, y1_k = boxes_k4.unbind(-1)
+        weights_kph, weights_kqw = (
+            axis_weights(start, end, num_cells=cells, num_bins=bins, device=like.device).to(
+                like.dtype
+            )
+            for start, end, cells, bins in zip(
+                (y0_k, x0_k), (y1_k, x1_k), window.grid, output_size, strict=True
+            )
+        )
+        for y, x, weights_ph, weights_qw in zip(
+            _spans(weights_kph), _spans(weights_kqw), weights_kph, weights_kqw, strict=True
+        ):
+            yield _Box(next(images), y, x, weights_ph[:, y], weights_qw[:, x])
 
 
 def _spans(weights_RPS: Tensor) -> list[slice]:

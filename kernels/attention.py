@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels._attention_device import MAX_HEAD_DIM, launch_attention
-from kernels.dispatch import mode, on_device_of, use_triton
-from kernels.precision import full_precision, widen
+from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.precision import check_alike, full_precision, widen
 from kernels.tiles import backend
 from kernels.window import TokenWindow
 
@@ -30,7 +30,6 @@ SDPA_BACKEND_ORDER = [
     SDPBackend.MATH,
 ]
 _QUERIES_AT_ONCE = 256  # of the reference's log-sum-exp, which holds [B, H, 256, T] scores
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class AttentionOutput(NamedTuple):
@@ -97,18 +96,17 @@ def _kept(tokens_BHTD: Tensor, window: TokenWindow) -> Tensor:
 
 def _takes_kernel(operation: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     head_dim = q.shape[-1]
-    obstacle = None
-    if q.dtype not in _KERNEL_DTYPES:
-        obstacle = f"{q.dtype} is computed by PyTorch only"
-    elif head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
-        obstacle = f"head dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    unsupported = unsupported_dtype(q.dtype)
+    if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
+        unsupported = f"head dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
     elif max(t.shape[2] * t.stride(2) for t in (q, k, v)) >= 2**31:
-        obstacle = "a head's tokens span 2**31 elements or more"
-    elif q.is_cuda and mode() == "auto":
+        unsupported = "a head's tokens span 2**31 elements or more"
+    slower = None
+    if unsupported is None and q.is_cuda:
         facts = {"head_dim": head_dim, "element_bytes": q.element_size()}
         if backend(operation, q.device, **facts) == "sdpa":
-            obstacle = f"the table prefers PyTorch for head dim {head_dim} in {q.dtype}"
-    return use_triton(operation, q, unsupported=obstacle)
+            slower = f"the table prefers PyTorch for head dim {head_dim} in {q.dtype}"
+    return use_triton(operation, q, unsupported=unsupported, slower=slower)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, window: Sequence[int], scale: float) -> Tensor:
@@ -297,10 +295,9 @@ def _checked(
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q, k and v are {shapes}; one shape [B, H, T, D] is wanted")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; one float is wanted")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v are on {q.device}, {k.device}, {v.device}; one is wanted")
+    check_alike(q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype}, {v.dtype}; one dtype is wanted")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; a positive number is wanted")
     T, D = q.shape[2:]

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from kernels._flow_paper_device import launch_paper_inflow
 from kernels._flow_release_device import launch_release_inflow, recut_heads
-from kernels.dispatch import on_device_of, use_triton
-from kernels.precision import full_precision, widen
+from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.precision import check_alike, full_precision, wide_dtype, widen
 
 Flow = Literal["paper", "release"]
 
@@ -100,6 +100,7 @@ def _attention_inflow(
     if use_triton("attention_inflow", q, unsupported=_unsupported(q, k, variant)):
         if not into.numel():
             return
+        index = None if index is None else index.contiguous()
         with on_device_of(q):
             if variant == "release":
                 launch_release_inflow(q, k, into, index_N=index, rejected_BN=rejected)
@@ -113,8 +114,8 @@ def _attention_inflow(
 
 
 def _unsupported(q_BHTD: Tensor, k_BHTD: Tensor, variant: str) -> str | None:
-    if q_BHTD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"q and k are {q_BHTD.dtype}"
+    if unsupported := unsupported_dtype(q_BHTD.dtype):
+        return unsupported
     head_dim = (recut_heads(q_BHTD, k_BHTD)[0] if variant == "release" else q_BHTD).shape[3]
     if head_dim > _MAX_HEAD_DIM:
         return f"heads are {head_dim} channels wide, {_MAX_HEAD_DIM} is the most"
@@ -162,8 +163,8 @@ def attention_inflow(
     _check(q_BHTD, k_BHTD, variant, index_N, rejected_BN, lse_BHN, into_BN)
     if into_BN is None:
         num_tokens = q_BHTD.shape[2] if index_N is None else index_N.shape[0]
-        dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
-        into_BN = q_BHTD.new_zeros(q_BHTD.shape[0], num_tokens, dtype=dtype)
+        shape = (q_BHTD.shape[0], num_tokens)
+        into_BN = q_BHTD.new_zeros(shape, dtype=wide_dtype(q_BHTD))
     _attention_inflow(q_BHTD, k_BHTD, into_BN, index_N, rejected_BN, lse_BHN, variant)
     return into_BN
 
@@ -184,6 +185,7 @@ def _check(
             f"q {tuple(q_BHTD.shape)} {q_BHTD.dtype} and k {tuple(k_BHTD.shape)} {k_BHTD.dtype} "
             "must both be [samples, heads, tokens, head width] of one type"
         )
+    check_alike(q=q_BHTD, k=k_BHTD)
     if index_N is not None and (index_N.ndim != 1 or index_N.dtype != torch.int64):
         raise ValueError(f"index is {index_N.ndim}-D {index_N.dtype}; it must be 1-D int64")
     num_samples, num_heads, num_tokens, _ = q_BHTD.shape

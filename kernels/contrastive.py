@@ -9,15 +9,15 @@ M = columns of a set, C = channels, X = rows that share a column set (Q / G * N)
 chunk.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels._contrastive_device import floored_logsumexp, launch_floored_logsumexp
-from kernels.dispatch import on_device_of, use_triton
-from kernels.precision import full_precision
+from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.precision import full_precision, wide_dtype
 from kernels.similarity import check_sets, group_by_image
 
 Below = Literal["detach", "replace"]
@@ -53,7 +53,7 @@ def mean_logsumexp(
         below: What becomes of the pairs below the threshold.
         replacement: A similarity, before the temperature; for `below="replace"` alone.
         weights_QN: Weight of each row in the mean, which is a sum if they do not sum to 1. Rows of
-            weight 0 do not count, whatever they hold. All alike by default.
+            weight 0 do not count. All alike by default.
 
     Returns:
         A scalar, float32 at least.
@@ -65,6 +65,8 @@ def mean_logsumexp(
     Source: the uniformity terms of L_regu, L_uni and L_spu of UniRefiner, arXiv:2605.19622.
     """
     check_sets(rows_QNC, columns_GMC)
+    if below not in get_args(Below):
+        raise ValueError(f"below={below!r} is unknown; use one of {', '.join(get_args(Below))}")
     if (replacement is not None) != (below == "replace"):
         raise ValueError(f"replacement={replacement} does not go with below={below!r}")
     if not temperature > 0:
@@ -72,7 +74,7 @@ def mean_logsumexp(
     shape = rows_QNC.shape[:2]
     if shape.numel() == 0:
         raise ValueError(f"there is no mean over no rows: {tuple(rows_QNC.shape)}")
-    dtype = _dtype_of(rows_QNC, columns_GMC)
+    dtype = wide_dtype(rows_QNC, columns_GMC)
     if weights_QN is None:
         weights_QN = rows_QNC.new_full(shape, 1 / shape.numel(), dtype=dtype)
     elif weights_QN.shape != shape:
@@ -103,7 +105,7 @@ def mean_logsumexp_reference(
     weights_QN: Tensor | None = None,
 ) -> Tensor:
     """The same by plain PyTorch and autograd, with the whole table of similarities."""
-    dtype = _dtype_of(rows_QNC, columns_GMC)
+    dtype = wide_dtype(rows_QNC, columns_GMC)
     rows_GXC = group_by_image(rows_QNC.to(dtype), columns_GMC.shape[0])
     similarity_GXM = rows_GXC @ columns_GMC.to(dtype).mT
     constant = similarity_GXM.detach()
@@ -185,13 +187,11 @@ def _is_small(rows_QNC: Tensor, columns_GMC: Tensor) -> bool:
     return num_sets * length * num_columns <= CHUNK_ELEMENTS or 4 * num_columns <= channels
 
 
-def _dtype_of(rows: Tensor, columns: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
-
-
 def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """On the device, where the kernel reads it: nobody waits for a level computed there."""
     if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"a level of shape {tuple(value.shape)} came; one number is wanted")
         return value.detach().to(like.device, dtype).reshape(())
     return like.new_full((), value, dtype=dtype)
 
@@ -207,7 +207,7 @@ def _mean_logsumexp(
     wants_rows: bool,
     wants_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    unsupported = "it does not take float64" if weights.dtype == torch.float64 else None
+    unsupported = unsupported_dtype(rows.dtype, columns.dtype, weights.dtype)
     by_kernel = use_triton("mean_logsumexp", rows, unsupported=unsupported)
     with on_device_of(rows):
         return _by_chunks(

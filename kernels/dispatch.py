@@ -2,7 +2,8 @@
 
 `REFINERY_KERNELS` says what is wanted: `auto` (default) takes the kernel on a CUDA device that
 supports it and the reference elsewhere; `reference` always takes the reference; `triton` always
-takes the kernel, and what it cannot do is an error. Each decision is logged once.
+takes the kernel, and what it cannot do is an error. Each decision is logged once. (The backward
+pass of attention has no kernel: it is PyTorch's in every mode.)
 """
 
 import contextlib
@@ -20,11 +21,20 @@ logger = logging.getLogger(__name__)
 Mode = Literal["auto", "triton", "reference"]
 MODE_VARIABLE = "REFINERY_KERNELS"
 _MIN_CAPABILITY = (8, 0)  # bfloat16 matrix units and asynchronous copies
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _logged: set[tuple[str, str, str]] = set()
 
 
-class KernelUnavailableError(RuntimeError):
+class KernelError(RuntimeError):
+    """What `REFINERY_KERNELS` asks for cannot be had."""
+
+
+class KernelModeError(KernelError):
+    """`REFINERY_KERNELS` says something that it must not."""
+
+
+class KernelUnavailableError(KernelError):
     """`REFINERY_KERNELS=triton` asks for a kernel that cannot run on what it was given."""
 
 
@@ -33,15 +43,19 @@ def mode() -> Mode:
     """What `REFINERY_KERNELS` says, read once a process.
 
     Raises:
-        ValueError: it says something else.
+        KernelModeError: it says something else.
     """
     asked = os.environ.get(MODE_VARIABLE, "auto")
     if asked not in get_args(Mode):
-        raise ValueError(f"{MODE_VARIABLE} is {asked!r}; use one of {', '.join(get_args(Mode))}")
+        raise KernelModeError(
+            f"{MODE_VARIABLE} is {asked!r}; use one of {', '.join(get_args(Mode))}"
+        )
     return cast(Mode, asked)
 
 
-def use_triton(operation: str, tensor: Tensor, *, unsupported: str | None = None) -> bool:
+def use_triton(
+    operation: str, tensor: Tensor, *, unsupported: str | None = None, slower: str | None = None
+) -> bool:
     """Whether `operation` runs its kernel on a tensor.
 
     Call it inside the custom op, where `torch.compile` does not look.
@@ -50,6 +64,7 @@ def use_triton(operation: str, tensor: Tensor, *, unsupported: str | None = None
         operation: Name of the operation, for the log.
         tensor: Any of its tensors; its device counts.
         unsupported: Why the kernel cannot do what is asked, if it cannot.
+        slower: Why the reference is the better choice, if it is: `auto` takes it.
 
     Raises:
         KernelUnavailableError: the kernel was asked for explicitly and cannot run.
@@ -59,7 +74,7 @@ def use_triton(operation: str, tensor: Tensor, *, unsupported: str | None = None
         _log_once(operation, "reference", f"{MODE_VARIABLE}=reference")
         return False
     obstacle = _obstacle(tensor.device, asked) or unsupported
-    if obstacle is None:
+    if obstacle is None and not (slower and asked == "auto"):
         _log_once(operation, "triton", f"{MODE_VARIABLE}={asked}, {tensor.device.type}")
         return True
     if asked == "triton":
@@ -67,8 +82,17 @@ def use_triton(operation: str, tensor: Tensor, *, unsupported: str | None = None
             f"{MODE_VARIABLE}=triton, but {operation} cannot run its kernel: {obstacle}; "
             f"set {MODE_VARIABLE}=auto, or change what is named"
         )
-    _log_once(operation, "reference", obstacle)
+    # On a GPU one expects the kernel: that it cannot run deserves more than a line in the log.
+    level = logging.WARNING if obstacle and tensor.device.type == "cuda" else logging.INFO
+    _log_once(operation, "reference", obstacle or str(slower), level)
     return False
+
+
+def unsupported_dtype(*dtypes: torch.dtype) -> str | None:
+    """Why no kernel computes in these number formats, or None where all can."""
+    return next(
+        (f"no kernel computes in {dtype}" for dtype in dtypes if dtype not in _DTYPES), None
+    )
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -89,11 +113,11 @@ def _obstacle(device: torch.device, asked: Mode) -> str | None:
     return f"the tensors are on {device.type}, not on a CUDA device"
 
 
-def _log_once(operation: str, backend: str, reason: str) -> None:
+def _log_once(operation: str, backend: str, reason: str, level: int = logging.INFO) -> None:
     entry = (operation, backend, reason)
     if entry not in _logged:
         _logged.add(entry)
-        logger.info("%s runs on its %s (%s)", operation, _KINDS[backend], reason)
+        logger.log(level, "%s runs on its %s (%s)", operation, _KINDS[backend], reason)
 
 
 _KINDS = {"triton": "Triton kernel", "reference": "PyTorch reference"}

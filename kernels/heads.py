@@ -1,4 +1,4 @@
-"""What the attention kernels share: how a head's channels are cut into tiles.
+"""How channels are cut into tiles, and how rows of them are loaded 16 bytes at a time.
 
 Matrix units want powers of two. A head of 72 channels padded to 128 would cost 1.6 times the
 multiplications of one cut into 64 and 16.
@@ -7,6 +7,8 @@ multiplications of one cut into 64 and 16.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * log2(e)), and exp2 is in hardware
+LN_2 = tl.constexpr(0.6931471805599453)
 _MIN_TILE = 16  # tl.dot multiplies at least so many channels
 
 
@@ -48,3 +50,15 @@ def row_offset(row, stride, ALIGNED: tl.constexpr):
     if ALIGNED:
         offset = tl.multiple_of(offset, 8)
     return offset
+
+
+@triton.jit
+def load_channels(
+    base_ptr, starts, exists, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Channels FIRST to FIRST + WIDTH of some rows; what does not exist is 0."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    mask = exists[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (channels < D)[None, :]
+    return tl.load(base_ptr + starts[:, None] + channels[None, :] * stride_d, mask=mask, other=0.0)

@@ -18,19 +18,16 @@ from kernels._roi_align_launch import (
     launch_roi_align_backward,
 )
 from kernels._roi_align_reference import (
-    EPS,
     axis_weights,
     backward_reference,
     forward_reference,
     normalize_backward_reference,
 )
-from kernels.dispatch import on_device_of, use_triton
-from kernels.precision import full_precision, widen
+from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.precision import SHORTEST_NORM, check_alike, full_precision, wide_dtype, widen
 from kernels.window import TokenWindow
 
 __all__ = ["axis_weights", "roi_align", "roi_align_reference"]
-
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def roi_align(
@@ -81,10 +78,10 @@ def roi_align(
     """
     window = TokenWindow(grid, border, num_prefix_tokens)
     boxes_R4, counts = _check(tokens_BNC, boxes, window, output_size, num_boxes)
-    wanted = dtype or _wide(tokens_BNC.dtype)
+    wanted = dtype or wide_dtype(tokens_BNC)
     # The gradient of a normalised vector needs it as it was before it was rounded to fewer bits.
     needs_vector = normalize and torch.is_grad_enabled() and tokens_BNC.requires_grad
-    computed = torch.promote_types(wanted, _wide(tokens_BNC.dtype)) if needs_vector else wanted
+    computed = torch.promote_types(wanted, wide_dtype(tokens_BNC)) if needs_vector else wanted
     rois_RPC: Tensor = _roi_align(
         tokens_BNC,
         boxes_R4,
@@ -116,7 +113,7 @@ def roi_align_reference(
     # Widened as a whole: the gradients of boxes that share a cell are summed in float32.
     rois_RPC = forward_reference(widen(tokens_BNC), boxes_R4, counts, window, output_size)
     if normalize:
-        rois_RPC = F.normalize(rois_RPC, dim=-1, eps=EPS)
+        rois_RPC = F.normalize(rois_RPC, dim=-1, eps=SHORTEST_NORM)
     return rois_RPC.to(dtype or rois_RPC.dtype)
 
 
@@ -130,8 +127,11 @@ def _check(
     """Boxes as `[R, 4]`, without gradient, and how many each image has."""
     if tokens_BNC.ndim != 3:
         raise ValueError(f"tokens are {tuple(tokens_BNC.shape)}, wanted [images, tokens, channels]")
+    check_alike(tokens=tokens_BNC)
     batch, num_tokens, _ = tokens_BNC.shape
     window.check(num_tokens)
+    if min(window.grid) < 1:
+        raise ValueError(f"grid is {tuple(window.grid)}, wanted one token at least each way")
     if min(output_size) < 1:
         raise ValueError(f"output_size is {tuple(output_size)}, wanted one bin at least each way")
     if not boxes.is_floating_point():
@@ -150,19 +150,9 @@ def _check(
     return widen(boxes.detach()).reshape(-1, 4), counts
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _window(numbers: Sequence[int]) -> TokenWindow:
     height, width, border, prefix = numbers
     return TokenWindow((height, width), border, prefix)
-
-
-def _unsupported(*dtypes: torch.dtype) -> str | None:
-    return next(
-        (f"it does not do {dtype}" for dtype in dtypes if dtype not in _KERNEL_DTYPES), None
-    )
 
 
 @torch.library.custom_op("refinery::roi_align", mutates_args=())
@@ -180,7 +170,7 @@ def _roi_align(
     `window` is rows, columns, border, prefix.
     """
     place, (rows, columns) = _window(window), output_size
-    unsupported = _unsupported(tokens_BNC.dtype, dtype)
+    unsupported = unsupported_dtype(tokens_BNC.dtype, dtype)
     if use_triton("roi_align", tokens_BNC, unsupported=unsupported):
         with on_device_of(tokens_BNC):
             return launch_roi_align(
@@ -196,7 +186,7 @@ def _roi_align(
     norms_RP = rois_RPC.new_empty(0)
     if normalize:
         norms_RP = torch.linalg.vector_norm(rois_RPC, dim=-1)
-        rois_RPC /= norms_RP.clamp(min=EPS)[..., None]
+        rois_RPC /= norms_RP.clamp(min=SHORTEST_NORM)[..., None]
     return rois_RPC.to(dtype), norms_RP
 
 
@@ -214,7 +204,7 @@ def _(
     num_rois, num_bins = boxes_R4.shape[0], output_size[0] * output_size[1]
     rois_RPC = tokens_BNC.new_empty((num_rois, num_bins, tokens_BNC.shape[2]), dtype=dtype)
     norms_shape = (num_rois, num_bins) if normalize else (0,)
-    return rois_RPC, tokens_BNC.new_empty(norms_shape, dtype=_wide(tokens_BNC.dtype))
+    return rois_RPC, tokens_BNC.new_empty(norms_shape, dtype=wide_dtype(tokens_BNC))
 
 
 @torch.library.custom_op("refinery::roi_align_backward", mutates_args=())
@@ -230,7 +220,9 @@ def _roi_align_backward(
 ) -> Tensor:
     """Gradient of the tokens; `units_RPC` and `norms_RP` are there where rois were normalised."""
     place, (rows, columns) = _window(window), output_size
-    if use_triton("roi_align", gradient_RPC, unsupported=_unsupported(gradient_RPC.dtype, dtype)):
+    if use_triton(
+        "roi_align", gradient_RPC, unsupported=unsupported_dtype(gradient_RPC.dtype, dtype)
+    ):
         with on_device_of(gradient_RPC):
             if units_RPC is not None and norms_RP is not None:
                 gradient_RPC = launch_normalize_backward(gradient_RPC, units_RPC, norms_RP)

@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import on_device_of, use_triton
-from kernels.precision import full_precision, widen
+from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.precision import SHORTEST_NORM, check_alike, full_precision, wide_dtype, widen
 from kernels.tiles import tiles
 
 # Products that the reference holds at a time: 64 MiB of float32. More gains nothing measurable.
 CHUNK_ELEMENTS = 1 << 24
-# As in torch.nn.functional.normalize: a token shorter than that has no direction.
-SHORTEST = 1e-12
 
 
 class BestMatch(NamedTuple):
@@ -66,6 +64,7 @@ def check_sets(tokens_QNC: Tensor, others_GMC: Tensor) -> None:
     if tokens_QNC.ndim != 3 or others_GMC.ndim != 3:
         shapes = f"{tuple(tokens_QNC.shape)} and {tuple(others_GMC.shape)}"
         raise ValueError(f"token sets have the shape [sets, tokens, channels], not {shapes}")
+    check_alike(tokens=tokens_QNC, others=others_GMC)
     (num_sets, _, channels), (num_others, num_tokens, other_channels) = (
         tokens_QNC.shape,
         others_GMC.shape,
@@ -112,11 +111,11 @@ def max_similarity_reference(
 
 @triton.jit
 def _max_similarity_kernel(
-    queries,  # [Q, N, C]
-    keys,  # [G, M, C]
-    key_scale,  # [G, M] float32, or None where SCALED is false
-    values,  # [S, G, X] float32
-    indices,  # [S, G, X] int64
+    queries_ptr,  # [Q, N, C]
+    keys_ptr,  # [G, M, C]
+    key_scale_ptr,  # [G, M] float32, or None where SCALED is false
+    values_ptr,  # [S, G, X] float32
+    indices_ptr,  # [S, G, X] int64
     num_queries,  # N
     num_rows,  # X
     num_keys,  # M
@@ -143,9 +142,9 @@ def _max_similarity_kernel(
     query_set = group * (num_rows // num_queries) + row_in // num_queries
     query = (row_in % num_queries).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
-    query_rows = queries + query_set * stride_qq + query * stride_qn
-    query_tile = query_rows[:, None] + channel[None, :] * stride_qc
-    keys += group * stride_kg
+    query_rows_ptr = queries_ptr + query_set * stride_qq + query * stride_qn
+    query_tile_ptr = query_rows_ptr[:, None] + channel[None, :] * stride_qc
+    keys_ptr += group * stride_kg
 
     best = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
     best_key = tl.zeros([BLOCK_N], dtype=tl.int32)
@@ -154,17 +153,21 @@ def _max_similarity_kernel(
     for tile in tl.range(first_tile, last_tile):
         key = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         key_in = tl.minimum(key, num_keys - 1)
-        key_tile = keys + key_in.to(tl.int64)[None, :] * stride_km + channel[:, None] * stride_kc
+        key_tile_ptr = (
+            keys_ptr + key_in.to(tl.int64)[None, :] * stride_km + channel[:, None] * stride_kc
+        )
         products = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in tl.range(0, num_channels, BLOCK_C):
             is_channel = start + channel < num_channels
             query_block = tl.load(
-                query_tile + start * stride_qc, mask=is_channel[None, :], other=0.0
+                query_tile_ptr + start * stride_qc, mask=is_channel[None, :], other=0.0
             )
-            key_block = tl.load(key_tile + start * stride_kc, mask=is_channel[:, None], other=0.0)
+            key_block = tl.load(
+                key_tile_ptr + start * stride_kc, mask=is_channel[:, None], other=0.0
+            )
             products = tl.dot(query_block, key_block, products, input_precision=PRECISION)
         if SCALED:
-            products *= tl.load(key_scale + group * num_keys + key_in)[None, :]
+            products *= tl.load(key_scale_ptr + group * num_keys + key_in)[None, :]
         # NaN wins as the highest number does, and is told again when it is stored.
         products = tl.where(products == products, products, float("inf"))
         products = tl.where((key < num_keys)[None, :], products, float("-inf"))
@@ -175,8 +178,8 @@ def _max_similarity_kernel(
 
     out = (part * tl.num_programs(1) + group) * num_rows + row
     best = tl.where(best == float("inf"), float("nan"), best)
-    tl.store(values + out, best, mask=row < num_rows)
-    tl.store(indices + out, best_key.to(tl.int64), mask=row < num_rows)
+    tl.store(values_ptr + out, best, mask=row < num_rows)
+    tl.store(indices_ptr + out, best_key.to(tl.int64), mask=row < num_rows)
 
 
 def launch_max_similarity(
@@ -244,15 +247,13 @@ def _same_format(queries_QNC: Tensor, keys_GMC: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _inverse_norm(tokens_QNC: Tensor) -> Tensor:
-    wide = torch.promote_types(tokens_QNC.dtype, torch.float32)
-    norm_QN: Tensor = torch.linalg.vector_norm(tokens_QNC, dim=-1, dtype=wide)
-    return norm_QN.clamp(min=SHORTEST).reciprocal()
+    norm_QN: Tensor = torch.linalg.vector_norm(tokens_QNC, dim=-1, dtype=wide_dtype(tokens_QNC))
+    return norm_QN.clamp(min=SHORTEST_NORM).reciprocal()
 
 
 @torch.library.custom_op("refinery::max_similarity", mutates_args=())
 def _max_similarity(queries: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(queries.dtype, keys.dtype)
-    unsupported = "it does not take float64" if dtype == torch.float64 else None
+    unsupported = unsupported_dtype(queries.dtype, keys.dtype)
     if use_triton("max_similarity", queries, unsupported=unsupported):
         with on_device_of(queries):
             return launch_max_similarity(queries, keys, normalize=normalize)
@@ -262,6 +263,7 @@ def _max_similarity(queries: Tensor, keys: Tensor, normalize: bool) -> tuple[Ten
 @_max_similarity.register_fake
 def _(queries: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     del normalize
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     shape = queries.shape[:2]
-    return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
+    return queries.new_empty(shape, dtype=wide_dtype(queries, keys)), queries.new_empty(
+        shape, dtype=torch.int64
+    )

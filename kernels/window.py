@@ -39,11 +39,13 @@ class TokenWindow(NamedTuple):
         return torch.cat([torch.arange(self.prefix, device=device), self.image_index(device)])
 
     def check(self, num_tokens: int) -> None:
-        """Refuse a sequence of another length.
+        """Refuse a sequence of another length, and a window that nothing can lie in.
 
         Raises:
-            ValueError: saying which lengths differ.
+            ValueError: saying what does not fit.
         """
+        if min(*self.grid, self.border, self.prefix) < 0:
+            raise ValueError(f"{self} has a negative number")
         if num_tokens != self.num_tokens:
             h, w = self.grid
             raise ValueError(

@@ -37,13 +37,13 @@ def _serve(settings: Settings) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Here, so that --help and a mistyped flag answer without loading torch.
     from backbone.errors import RefineryError
-    from kernels.dispatch import KernelUnavailableError, mode
+    from kernels.dispatch import KernelError, mode
     from service.app import create_app
     from service.server import DrainingServer
 
     try:
         mode()
-    except ValueError as error:  # REFINERY_KERNELS, which is not the service's own
+    except KernelError as error:  # REFINERY_KERNELS, which is not the service's own
         sys.stderr.write(f"error: {error}\n")
         return _USAGE_STATUS
     app = create_app(settings)
@@ -51,7 +51,7 @@ def _serve(settings: Settings) -> int:
     server.run()
     service = app.state.service
     status = server.exit_status
-    if isinstance(service.failure, RefineryError | SettingsError | KernelUnavailableError):
+    if isinstance(service.failure, RefineryError | SettingsError | KernelError):
         sys.stderr.write(f"error: {service.failure}\n")
         status = _USAGE_STATUS
     if any(engine.is_alive for engine in service.engines):

@@ -160,7 +160,7 @@ def describe(service: FeatureService) -> schemas.Info:
             max_image_pixels=settings.max_image_pixels,
             max_image_tokens=settings.max_image_tokens,
             max_image_boxes=settings.max_image_boxes,
-            max_box_cells=settings.max_box_cells,
+            max_box_vectors=settings.max_box_vectors,
             max_box_size=MAX_BOX_SIZE,
             batch_tokens=settings.batch_tokens,
             max_json_values=wire.MAX_JSON_VALUES,

@@ -3,13 +3,13 @@
 There is no wait timer: an engine that is free takes what has gathered while it worked, so batches
 are small when the service is idle and grow with the load. A batch holds images of one size and
 one choice of layers, all of them with boxes of one kind or none, in order of arrival, up to a
-budget of tokens and one of cells of boxes; the oldest image always goes first, so nothing starves.
+budget of tokens and one of vectors of boxes; the oldest image always goes first, so nothing
+starves.
 
-Dimension key: h, w = image in pixels, N = patch tokens of an image, or cells of its boxes,
-C = channels.
+Dimension key: h, w = image in pixels, V = feature vectors that an image is answered with: its patch
+tokens, or those of its boxes, C = channels.
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -26,7 +26,7 @@ from service.metrics import Metrics
 class EncodedImage(NamedTuple):
     """Features of one image, or of its boxes if it has some, and what they took."""
 
-    tokens_NC: list[Tensor]  # one per layer, on the CPU, in the model's precision
+    vectors_VC: list[Tensor]  # one per layer, on the CPU, in the model's precision
     grid: tuple[int, int]
     queue_seconds: float
     forward_seconds: float  # of the whole batch
@@ -45,9 +45,9 @@ class QueuedImage:
     queued_at: float = field(default_factory=time.perf_counter)
 
     @property
-    def num_cells(self) -> int:
-        """Vectors that its boxes come to."""
-        return self.regions.num_cells if self.regions else 0
+    def num_box_vectors(self) -> int:
+        """Feature vectors that its boxes ask for, in all layers."""
+        return self.regions.num_vectors * len(self.layers) if self.regions else 0
 
     @property
     def group(self) -> tuple[object, ...]:
@@ -63,16 +63,14 @@ class BatcherClosedError(Exception):
 class Batcher:
     """A queue of images that hands out batches; safe to use from any thread."""
 
-    def __init__(
-        self, batch_tokens: int, metrics: Metrics, *, batch_cells: float = math.inf
-    ) -> None:
+    def __init__(self, metrics: Metrics, *, batch_tokens: int, batch_box_vectors: int) -> None:
         """
         Args:
             batch_tokens: Most tokens in a batch.
-            batch_cells: Most cells of boxes in a batch; an image that has more goes alone.
+            batch_box_vectors: Most feature vectors that the boxes of a batch may ask for.
         """
         self.batch_tokens = batch_tokens
-        self._batch_cells = batch_cells
+        self.batch_box_vectors = batch_box_vectors
         self._metrics = metrics
         self._queue: deque[QueuedImage] = deque()
         self._queued_tokens = 0
@@ -86,6 +84,7 @@ class Batcher:
             BatcherClosedError: after `close`.
         """
         assert image.num_tokens <= self.batch_tokens, "the request checks the size of its images"
+        assert image.num_box_vectors <= self.batch_box_vectors, "the request counts its boxes"
         with self._changed:
             if self._is_closed:
                 raise BatcherClosedError
@@ -123,14 +122,14 @@ class Batcher:
     def _take(self) -> list[QueuedImage]:
         batch: list[QueuedImage] = []
         left_over: deque[QueuedImage] = deque()
-        tokens = cells = 0
+        tokens = box_vectors = 0
         group = None
         while self._queue:
             image = self._queue.popleft()
             if group is not None and (
                 image.group != group
                 or tokens + image.num_tokens > self.batch_tokens
-                or cells + image.num_cells > self._batch_cells
+                or box_vectors + image.num_box_vectors > self.batch_box_vectors
             ):
                 left_over.append(image)
                 continue
@@ -141,7 +140,7 @@ class Batcher:
                 continue
             group = image.group
             tokens += image.num_tokens
-            cells += image.num_cells
+            box_vectors += image.num_box_vectors
             batch.append(image)
         self._queue = left_over
         return batch

@@ -13,6 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import (
     BodyTooLargeError,
+    InvalidOptionError,
     MalformedBodyError,
     MalformedImageError,
     TooManyImagesError,
@@ -106,27 +107,32 @@ def _too_large(num_bytes: int, max_bytes: int) -> BodyTooLargeError:
     )
 
 
-def parse_payload(kind: BodyKind, body: bytes, *, max_images: int) -> Payload:
+def parse_payload(kind: BodyKind, body: bytes, *, max_images: int, max_lists: int) -> Payload:
     """Images and options of a body. Runs as long as the body is: call it off the event loop.
 
+    Args:
+        max_images: Most images.
+        max_lists: Most lists in JSON; every box is one.
+
     Raises:
-        MalformedBodyError, MalformedImageError, UnknownOptionError, TooManyImagesError.
+        MalformedBodyError, MalformedImageError, UnknownOptionError, InvalidOptionError,
+        TooManyImagesError.
     """
     if not body:
         raise MalformedBodyError("the body is empty; send an image")
     if kind.form == "image":
         return Payload([body], {})
     if kind.form == "json":
-        payload = _parse_json(body, max_images)
+        payload = _parse_json(body, max_images, max_lists)
     else:
-        payload = _parse_multipart(body, kind.boundary, max_images)
+        payload = _parse_multipart(body, kind.boundary, max_images, max_lists)
     if not payload.images:
         raise MalformedBodyError("the request has no images; send at least one under 'images'")
     return payload
 
 
-def _parse_json(body: bytes, max_images: int) -> Payload:
-    document = _load_object(body, "the body")
+def _parse_json(body: bytes, max_images: int, max_lists: int) -> Payload:
+    document = _load_object(body, "the body", max_lists)
     _check_keys(document, {"images", "options"}, "key")
     images = document.get("images", [])
     if not isinstance(images, list):
@@ -177,7 +183,7 @@ class _Part:
         return parameters.get(b"name", b"").decode("utf-8", "replace")
 
 
-def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Payload:
+def _parse_multipart(body: bytes, boundary: bytes, max_images: int, max_lists: int) -> Payload:
     images: list[bytes] = []
     options: dict[str, Any] = {}
     part = _Part()
@@ -196,7 +202,7 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Payload:
             images.append(data)
         elif part.name == "options" and num_options == 0:
             num_options += 1
-            options = _load_object(data, "the part 'options'")
+            options = _load_object(data, "the part 'options'", max_lists)
         elif part.name == "options":
             raise MalformedBodyError("the part 'options' is given twice; give it once")
         else:
@@ -232,7 +238,13 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Payload:
     return Payload(images, options)
 
 
-def _load_object(data: bytes, what: str) -> dict[str, Any]:
+def _load_object(data: bytes, what: str, max_lists: int) -> dict[str, Any]:
+    # Millions of small lists hold the interpreter lock for seconds; base64 has no brackets.
+    num_lists = data.count(b"[")
+    if num_lists > max_lists:
+        raise InvalidOptionError(
+            f"{what} has {num_lists} lists, {max_lists} are allowed; ask for fewer boxes"
+        )
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:

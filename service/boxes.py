@@ -1,16 +1,17 @@
-"""Boxes of a request: read and checked, then cut out of the tokens of a batch.
+"""Boxes of a request: counted, read and checked, then cut out of the tokens of a batch.
 
 A box is `x0, y0, x1, y1` in pixels of the upright image as it was sent. ROI-align samples it into
-`box_size` x `box_size` cells, as `torchvision.ops.roi_align` does with `aligned=True`. What lies
+`box_size` x `box_size` vectors, as `torchvision.ops.roi_align` does with `aligned=True`. What lies
 outside of the image counts as zeros, and an empty box gives zeros.
 
-Dimension key: K = boxes of an image, R = boxes of a batch, B = images, N = patch tokens,
-C = channels, p = box_size, H, W = an image as sent, in pixels.
+Dimension key: K = boxes of an image, R = boxes of a batch, p = box_size, V = K * p * p vectors of
+an image, C = channels, H, W = an image as sent, in pixels.
 """
 
+import reprlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ MAX_BOX_SIZE = 64
 _MAX_OVERHANG = 1.0
 
 
+class BoxLimits(NamedTuple):
+    """What the boxes of a request may come to."""
+
+    max_image_boxes: int
+    max_vectors: int  # boxes x box_size x box_size x layers, of all images
+
+
 class Regions(NamedTuple):
     """The boxes of an image, and how they are wanted."""
 
@@ -38,36 +46,94 @@ class Regions(NamedTuple):
         return self.boxes_K4.shape[0]
 
     @property
-    def num_cells(self) -> int:
-        """Vectors that the boxes come to."""
+    def num_vectors(self) -> int:
+        """Feature vectors that the boxes ask for, in each layer."""
         return self.num_boxes * self.box_size**2
 
 
-def read_boxes(value: object) -> object:
-    """The option `boxes` with one list of boxes per image; a flat list of boxes is one image's.
+def read_boxes(
+    value: object, *, num_images: int, vectors_per_box: int, limits: BoxLimits
+) -> tuple[tuple[Box, ...], ...]:
+    """The option `boxes` as one list of boxes per image; a flat list of boxes is one image's.
+
+    The lists are counted before anything in them is read: a large body holds millions of boxes.
+
+    Args:
+        value: As it came out of JSON.
+        num_images: Images of the request.
+        vectors_per_box: Feature vectors that a box asks for, in all layers.
+        limits: Most boxes and vectors.
 
     Raises:
-        ValueError: it is none of the two, or a box is not four finite numbers.
+        InvalidOptionError: it is no list of boxes for each image, there are too many, or a box is
+            not four finite numbers.
     """
-    if value is None or not isinstance(value, list | tuple):
-        return value
-    if any(_is_box(item) for item in value):
-        value = [value]
-    for index, boxes in enumerate(value):
-        if not isinstance(boxes, list | tuple):
-            raise ValueError(f"{_shown(boxes)} is no list of boxes of an image")
-        for number, box in enumerate(boxes):
-            if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_finite, box)):
-                raise ValueError(
-                    f"box {number} of image {index} is {_shown(box)}, not 4 finite numbers"
-                )
-    # Tuples: what comes out of here is validated as Python's values, not as JSON's.
-    return tuple(tuple(tuple(map(float, box)) for box in boxes) for boxes in value)
+    if not isinstance(value, list):
+        raise InvalidOptionError(
+            f"option 'boxes' is {_shown(value)}; wanted: a list of [x0, y0, x1, y1], or one such "
+            "list for each image"
+        )
+    boxes = [value] if _is_one_image(value, num_images) else value
+    _check_counts(boxes, num_images, vectors_per_box, limits)
+    return tuple(
+        tuple(_read_box(box, number, index) for number, box in enumerate(image_boxes))
+        for index, image_boxes in enumerate(boxes)
+    )
 
 
-def _is_box(item: object) -> bool:
-    """Whether an item of `boxes` is meant as a box: a list that has something else than lists."""
-    return isinstance(item, list | tuple) and any(not isinstance(x, list | tuple) for x in item)
+def _is_one_image(value: list[Any], num_images: int) -> bool:
+    """Whether a list is meant as boxes, by its first item: a list that begins with no list."""
+    if not value:
+        return num_images == 1
+    first = value[0]
+    return isinstance(first, list) and bool(first) and not isinstance(first[0], list)
+
+
+def _check_counts(
+    boxes: list[Any], num_images: int, vectors_per_box: int, limits: BoxLimits
+) -> None:
+    if boxes and not isinstance(boxes[0], list):
+        raise _not_a_list(boxes[0])
+    if len(boxes) != num_images:
+        raise InvalidOptionError(
+            f"option 'boxes' does not fit the images (lists of boxes: {len(boxes)}, images: "
+            f"{num_images}); several images need a list each, an empty one for an image without "
+            "boxes, in the JSON options: [[[x0, y0, x1, y1]], []]"
+        )
+    num_boxes = 0
+    for index, image_boxes in enumerate(boxes):
+        if not isinstance(image_boxes, list):
+            raise _not_a_list(image_boxes)
+        if len(image_boxes) > limits.max_image_boxes:
+            raise InvalidOptionError(
+                f"image {index} has {len(image_boxes)} boxes, {limits.max_image_boxes} are "
+                "allowed; send the others in another request",
+                index=index,
+            )
+        num_boxes += len(image_boxes)
+    num_vectors = num_boxes * vectors_per_box
+    if num_vectors > limits.max_vectors:
+        raise InvalidOptionError(
+            f"the boxes ask for {num_vectors} vectors (boxes x box_size x box_size x layers), "
+            f"{limits.max_vectors} are allowed; ask for fewer boxes, a smaller box_size or fewer "
+            "layers, or send several requests"
+        )
+
+
+def _not_a_list(image_boxes: object) -> InvalidOptionError:
+    return InvalidOptionError(
+        f"option 'boxes': {_shown(image_boxes)} is no list of boxes of an image"
+    )
+
+
+def _read_box(box: object, number: int, index: int) -> Box:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        raise InvalidOptionError(
+            f"option 'boxes': box {number} of image {index} is {_shown(box)}, not 4 finite numbers",
+            index=index,
+        )
+    x0, y0, x1, y1 = map(float, box)
+    return x0, y0, x1, y1
 
 
 def _is_finite(number: object) -> bool:
@@ -76,43 +142,15 @@ def _is_finite(number: object) -> bool:
     return abs(number) <= sys.float_info.max  # false for a NaN; an int may be beyond any float
 
 
+class _ShortRepr(reprlib.Repr):
+    """Text of a value that does not go through all of a long one."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:  # noqa: ARG002 - its signature
+        return "{...}" if x else "{}"  # the library sorts all keys
+
+
 def _shown(value: object) -> str:
-    return repr(value)[:80]
-
-
-def check_boxes(
-    boxes: Sequence[Sequence[Box]] | None,
-    box_size: int,
-    num_images: int,
-    *,
-    max_image_boxes: int,
-    max_cells: int,
-) -> None:
-    """
-    Raises:
-        InvalidOptionError: there are more or fewer lists than images, too many boxes in one, or
-            too many cells in all.
-    """
-    if boxes is None:
-        return
-    if len(boxes) != num_images and not (num_images == 1 and not boxes):
-        raise InvalidOptionError(
-            f"option 'boxes' has {len(boxes)} lists of boxes for {num_images} images; "
-            "give one list for each image, an empty one for an image without boxes"
-        )
-    for index, of_image in enumerate(boxes):
-        if len(of_image) > max_image_boxes:
-            raise InvalidOptionError(
-                f"image {index} has {len(of_image)} boxes, {max_image_boxes} are allowed; "
-                "send the others in another request",
-                index=index,
-            )
-    num_cells = sum(map(len, boxes)) * box_size**2
-    if num_cells > max_cells:
-        raise InvalidOptionError(
-            f"the boxes are {num_cells} cells (boxes x box_size x box_size), {max_cells} are "
-            "allowed; ask for a smaller box_size, or send them in several requests"
-        )
+    return _ShortRepr().repr(value)[:80]
 
 
 def regions_per_image(
@@ -129,10 +167,9 @@ def regions_per_image(
     """
     if boxes is None:
         return [None] * len(originals)
-    per_image = boxes or [()]  # an empty flat list: no box in the only image
     return [
-        Regions(_shares(of_image, original, index=index), box_size, normalize)
-        for index, (of_image, original) in enumerate(zip(per_image, originals, strict=True))
+        Regions(_shares(image_boxes, original, index=index), box_size, normalize)
+        for index, (image_boxes, original) in enumerate(zip(boxes, originals, strict=True))
     ]
 
 
@@ -161,17 +198,18 @@ def align(features: DenseFeatures, regions: Sequence[Regions]) -> list[Tensor]:
         regions: Of each image; `box_size` and `normalize` are the same in all.
 
     Returns:
-        `rois [K * p * p, C]` of each image, in the dtype of the tokens, on the CPU.
+        `rois_VC` of each image on the CPU, in the dtype of the tokens; float32 if normalised,
+        because bfloat16 rounds lengths away from 1.
     """
-    p = regions[0].box_size
+    p, normalize = regions[0].box_size, regions[0].normalize
     rois_RPC = roi_align(
         features.tokens,
         torch.cat([region.boxes_K4 for region in regions]),
         grid=features.grid,
         output_size=(p, p),
         num_boxes=[region.num_boxes for region in regions],
-        normalize=regions[0].normalize,
-        dtype=features.tokens.dtype,
+        normalize=normalize,
+        dtype=torch.float32 if normalize else features.tokens.dtype,
     )
-    rois = rois_RPC.flatten(0, 1).cpu()
-    return list(torch.split(rois, [region.num_cells for region in regions]))
+    rois_VC = rois_RPC.flatten(0, 1).cpu()
+    return list(torch.split(rois_VC, [region.num_vectors for region in regions]))

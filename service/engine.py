@@ -1,7 +1,7 @@
-"""One thread per device that owns the model and does nothing but forwards.
+"""One thread per device that owns the model: it encodes batches and cuts boxes out of them.
 
-Dimension key: B = images of a batch, h, w = image in pixels, N = patch tokens of an image, or
-cells of its boxes, C = channels.
+Dimension key: B = images of a batch, h, w = image in pixels, V = feature vectors that an image is
+answered with: its patch tokens, or those of its boxes, C = channels.
 """
 
 import logging
@@ -126,7 +126,7 @@ class Engine:
         self._metrics.boxes.inc(sum(image.regions.num_boxes for image in batch if image.regions))
         return [
             EncodedImage(
-                tokens_NC=[tokens_of_image[index] for tokens_of_image in outputs],
+                vectors_VC=[layer_vectors[index] for layer_vectors in outputs],
                 grid=layers[0].grid,
                 queue_seconds=started - image.queued_at,
                 forward_seconds=ended - started,
@@ -137,7 +137,7 @@ class Engine:
 
 
 def _copied_back(features: DenseFeatures, batch: Sequence[QueuedImage]) -> list[Tensor]:
-    """What each image of a batch is answered with, `[N, C]` on the CPU; of boxes nothing else."""
+    """`vectors_VC` of each image of a batch, on the CPU; of images with boxes only those."""
     regions = [image.regions for image in batch if image.regions is not None]
     return align(features, regions) if regions else list(features.tokens.cpu())
 

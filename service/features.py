@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -18,7 +19,7 @@ from backbone.preprocess import resolve_size
 from service import errors, wire
 from service.batcher import BatcherClosedError, EncodedImage, QueuedImage
 from service.bodies import IMAGE_TYPES, BodyKind, Payload, body_kind, parse_payload, read_body
-from service.boxes import Regions, check_boxes, regions_per_image
+from service.boxes import BoxLimits, Regions, regions_per_image
 from service.decoding import DecodedImage, decode_resized
 from service.lifecycle import FeatureService
 from service.metrics import Stage
@@ -46,6 +47,8 @@ FEATURE_ERRORS = (
 
 # Converting so few values takes 0.1 ms, less than the way to a thread that may be decoding.
 _INLINE_VALUES = 65536
+# Lists of a JSON body that are no boxes: `images`, `boxes`, `size`, `layers`, and what is mistaken.
+_OTHER_LISTS = 16
 
 router = APIRouter()
 
@@ -99,9 +102,8 @@ async def features(request: Request, service: ServiceDep) -> Response:
     """Features of every patch of the images, the register border stripped, or of boxes in them.
 
     Send one image as the body, several as `multipart/form-data` (`images`, repeated, and
-    `options` as JSON), or JSON with base64. `Accept` chooses safetensors (default; all metadata
-    in its header: tensors `features.0`, ... or with `boxes` `boxes.0`, ...), npy (one array) or
-    JSON (base64).
+    `options` as JSON), or JSON with base64. `Accept` chooses safetensors (default; tensors
+    `features.0`, ... and all metadata in its header), npy (one array) or JSON (base64).
     """
     service.check_accepting()
     stages = Stages()
@@ -168,13 +170,6 @@ class FeatureRequest:
         payload = await self._parse(body)
         options = await self._options(payload)
         layers = resolve_layers(options.layers, self._encoder.backbone.depth)
-        check_boxes(
-            options.boxes,
-            options.box_size,
-            len(payload.images),
-            max_image_boxes=self._service.settings.max_image_boxes,
-            max_cells=self._service.settings.max_box_cells,
-        )
         decoded = await self._decode(payload.images, options)
         regions = regions_per_image(
             options.boxes,
@@ -183,7 +178,7 @@ class FeatureRequest:
             normalize=options.normalize,
         )
         num_values = self._num_values(decoded, regions, layers)
-        wire.check_response_size(self._media, num_values)
+        wire.check_response_size(self._media, num_values, options)
         self._stages.end("decode")
         encoded = await self._encode(decoded, regions, layers)
         self._stages.skip_to_now()
@@ -206,18 +201,28 @@ class FeatureRequest:
         )
 
     async def _parse(self, body: bytes) -> Payload:
-        max_images = self._service.settings.max_images
-        if self._kind.form == "image":
-            return parse_payload(self._kind, body, max_images=max_images)
-        return await self._service.pool.run(
-            lambda: parse_payload(self._kind, body, max_images=max_images)
+        settings = self._service.settings
+        parse = partial(
+            parse_payload,
+            self._kind,
+            body,
+            max_images=settings.max_images,
+            # One for each box and each image's boxes, and those around them.
+            max_lists=settings.max_box_vectors + settings.max_images + _OTHER_LISTS,
         )
+        return parse() if self._kind.form == "image" else await self._service.pool.run(parse)
 
     async def _options(self, payload: Payload) -> FeatureOptions:
-        if not payload.options:
-            return parse_options(self._query)
-        # A body may list very many boxes, and they are only counted after they were read.
-        return await self._service.pool.run(parse_options, self._query, payload.options)
+        settings = self._service.settings
+        parse = partial(
+            parse_options,
+            self._query,
+            payload.options,
+            num_images=len(payload.images),
+            box_limits=BoxLimits(settings.max_image_boxes, settings.max_box_vectors),
+        )
+        # A body may list as many boxes as are allowed, which takes a tenth of a second to read.
+        return await self._service.pool.run(parse) if payload.options else parse()
 
     async def _decode(self, images: Sequence[bytes], options: FeatureOptions) -> list[DecodedImage]:
         def choose_size(height: int, width: int) -> tuple[int, int]:
@@ -261,9 +266,9 @@ class FeatureRequest:
         patch_area = self._encoder.patch_size**2
         num_vectors = sum(
             image.resized[0] * image.resized[1] // patch_area
-            if of_image is None
-            else of_image.num_cells
-            for image, of_image in zip(images, regions, strict=True)
+            if image_regions is None
+            else image_regions.num_vectors
+            for image, image_regions in zip(images, regions, strict=True)
         )
         return num_vectors * self._encoder.backbone.embed_dim * len(layers)
 
@@ -282,11 +287,11 @@ class FeatureRequest:
                             image.pixels_3hw,
                             layers,
                             self._encoder.num_tokens(*image.resized),
-                            of_image,
+                            image_regions,
                         )
                     )
                 )
-                for image, of_image in zip(images, regions, strict=True)
+                for image, image_regions in zip(images, regions, strict=True)
             ]
         except BatcherClosedError:
             raise errors.NotReadyError("the engine has stopped; retry in a moment") from None
@@ -331,8 +336,8 @@ def _serialise(
     images = [
         wire.ImageFeatures(
             arrays=tuple(
-                wire.to_array(tokens_NC, result.grid, options, index=index)
-                for tokens_NC in result.tokens_NC
+                wire.to_array(vectors_VC, result.grid, options, index=index)
+                for vectors_VC in result.vectors_VC
             ),
             grid=result.grid,
             original=image.original,

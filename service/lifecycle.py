@@ -34,7 +34,9 @@ class FeatureService:
         self.settings = settings
         self.metrics = Metrics()
         self.batcher = Batcher(
-            settings.batch_tokens, self.metrics, batch_cells=settings.max_box_cells
+            self.metrics,
+            batch_tokens=settings.batch_tokens,
+            batch_box_vectors=settings.max_box_vectors,
         )
         self.in_flight = 0
         self.failure: Exception | None = None

@@ -1,13 +1,14 @@
 """What a request may ask for and what `/info` says."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.boxes import MAX_BOX_SIZE, Box, read_boxes
+from service.boxes import MAX_BOX_SIZE, Box, BoxLimits, read_boxes
 from service.errors import InvalidOptionError, ServiceError, UnknownOptionError
 from service.hints import nearest
 
@@ -19,6 +20,9 @@ _REPEATED = ("layers", "boxes")
 # OpenAPI of what is written otherwise in the query than in the body.
 _IN_QUERY = {"boxes": {"type": "array", "items": {"type": "number"}, "minItems": 4}}
 _MAX_NUMBER_LENGTH = 40
+# All options without `boxes`, as JSON: far more than any of them needs.
+_MAX_OPTIONS_BYTES = 16384
+_NESTED_LIST = re.compile(r"\s*\[\s*\[")
 _TRUE, _FALSE = ("true", "1"), ("false", "0")
 
 
@@ -43,26 +47,33 @@ class FeatureOptions(BaseModel):
         "box_size 1",
     )
     normalize: bool = Field(False, description="scale every vector to unit length")
-    boxes: Annotated[
-        tuple[tuple[Box, ...], ...] | None,
-        BeforeValidator(read_boxes),
-    ] = Field(
+    boxes: tuple[tuple[Box, ...], ...] | None = Field(
         None,
         description="answer with features of boxes (ROI-align) instead of the patch grid: for "
         "each image a list of `[x0, y0, x1, y1]` in pixels of the image as sent and upright. For "
         "one image also a flat list of boxes; as query parameter `x0,y0,x1,y1`, several in one or "
-        "repeated. What lies outside of the image counts as zeros; a box may reach beyond it as "
-        "far as the image is large",
+        "repeated, or JSON. What lies outside of the image counts as zeros; a box may reach beyond "
+        "it as far as the image is large",
     )
     box_size: Annotated[int, Field(ge=1, le=MAX_BOX_SIZE)] = Field(
-        1, description="cells of a box on each side; 1: one vector for each box"
+        1, description="vectors of a box on each side; 1: one vector for each box"
     )
 
 
 def parse_options(
-    query: Iterable[tuple[str, str]], body: Mapping[str, Any] | None = None
+    query: Iterable[tuple[str, str]],
+    body: Mapping[str, Any] | None = None,
+    *,
+    num_images: int,
+    box_limits: BoxLimits,
 ) -> FeatureOptions:
     """Options from query parameters and from the body.
+
+    Args:
+        query: Names and texts.
+        body: The JSON object `options`.
+        num_images: Images of the request; `boxes` has a list for each.
+        box_limits: What the boxes may come to.
 
     Raises:
         UnknownOptionError: a name that is no option.
@@ -84,18 +95,42 @@ def parse_options(
         values[name] = value
     if not values:
         return _DEFAULT_OPTIONS
+    boxes = values.pop("boxes", None)
+    options = _validated(values)
+    if boxes is None:
+        if "box_size" in values:
+            raise InvalidOptionError(
+                "option 'box_size' is given without 'boxes'; give both or none"
+            )
+        return options
+    # Not by pydantic: there may be very many, which are to be counted first and read only once.
+    read = read_boxes(
+        boxes,
+        num_images=num_images,
+        vectors_per_box=options.box_size**2 * len(options.layers),
+        limits=box_limits,
+    )
+    return options.model_copy(update={"boxes": read})
+
+
+def _validated(values: Mapping[str, Any]) -> FeatureOptions:
     try:
+        text = orjson.dumps(values)
+        if len(text) > _MAX_OPTIONS_BYTES:
+            raise InvalidOptionError(
+                f"the options besides 'boxes' are {len(text)} bytes of JSON, {_MAX_OPTIONS_BYTES} "
+                "are allowed; shorten the longest, such as 'layers'"
+            )
         # Through JSON, so that strict validation still takes a list for a tuple.
-        options = FeatureOptions.model_validate_json(orjson.dumps(values))
+        return FeatureOptions.model_validate_json(text)
     except (ValidationError, orjson.JSONEncodeError) as error:
         raise _option_error(error) from None
-    if "box_size" in values and options.boxes is None:
-        raise InvalidOptionError("option 'box_size' is given without 'boxes'; give both or none")
-    return options
 
 
 def _from_text(name: str, text: str) -> Any:
     """A query parameter's value; what cannot be read stays text, and validation says so."""
+    if name == "boxes" and _NESTED_LIST.match(text):
+        return _nested_boxes(text)
     if name == "boxes":
         sides = [_as_number(part.strip()) for part in _without_brackets(text).split(",")]
         return [sides[start : start + 4] for start in range(0, len(sides), 4)]
@@ -107,6 +142,16 @@ def _from_text(name: str, text: str) -> Any:
     if name == "normalize" and text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
     return text
+
+
+def _nested_boxes(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidOptionError(
+            f"option 'boxes' is {text[:80]!r}, which begins like JSON but is none: {error}; write "
+            "x0,y0,x1,y1 for each box, or [[x0,y0,x1,y1]]"
+        ) from None
 
 
 def _as_list(text: str) -> list[int | str]:
@@ -141,8 +186,6 @@ def _option_error(error: ValidationError | orjson.JSONEncodeError) -> ServiceErr
     if item["type"] == "extra_forbidden":
         hint = nearest(name, FeatureOptions.model_fields)
         return UnknownOptionError(f"unknown option {name!r}: {hint}")
-    if item["type"] == "value_error":
-        return InvalidOptionError(f"option {name!r}: {item['ctx']['error']}")
     shown = repr(item["input"])[:80]
     choices = get_args(FeatureOptions.model_fields[name].annotation)
     if item["type"] == "literal_error":
@@ -221,7 +264,7 @@ class LimitsInfo(BaseModel):
     max_image_pixels: int
     max_image_tokens: int
     max_image_boxes: int
-    max_box_cells: int = Field(description="boxes x box_size x box_size of a request")
+    max_box_vectors: int = Field(description="boxes x box_size x box_size x layers of a request")
     max_box_size: int
     batch_tokens: int
     max_json_values: int

@@ -67,11 +67,11 @@ class Settings(BaseModel):
     max_image_boxes: int = Field(
         1000, ge=1, description="most boxes of one image, with the option boxes"
     )
-    max_box_cells: int = Field(
+    max_box_vectors: int = Field(
         65536,
         ge=1,
-        description="most cells of all boxes of a request, boxes x box_size x box_size; each is a "
-        "vector of the answer",
+        description="most feature vectors that the boxes of a request may ask for (boxes x "
+        "box_size^2 x layers), also those of a batch",
     )
     batch_tokens: int = Field(
         16384,

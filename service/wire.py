@@ -1,7 +1,7 @@
 """Responses: which format, which shape and numbers, and the bytes without needless copies.
 
-Dimension key: h, w = patch grid, N = h * w patch tokens, or K * p * p cells of K boxes with
-p = box_size, C = channels.
+Dimension key: h, w = patch grid, N = h * w patch tokens, K = boxes of an image, p = box_size,
+V = feature vectors that an image is answered with, N or K * p * p, C = channels.
 """
 
 import base64
@@ -106,56 +106,57 @@ def _covers(media_range: str, media: str) -> bool:
     return media_range == media or kind in ("*", "application") and subtype == "*"
 
 
-def check_response_size(media: MediaType, num_values: int) -> None:
+def check_response_size(media: MediaType, num_values: int, options: FeatureOptions) -> None:
     """Refuse text for what only binary formats carry well.
 
     Raises:
         ResponseTooLargeError: more values than JSON is sent with.
     """
     if media == "application/json" and num_values > MAX_JSON_VALUES:
+        less = "a smaller size" if options.boxes is None else "fewer boxes or a smaller box_size"
         raise ResponseTooLargeError(
             f"the features are {num_values} values and JSON is limited to {MAX_JSON_VALUES}; "
-            "ask for Accept: application/x-safetensors, or for a smaller size"
+            f"ask for Accept: application/x-safetensors, or for {less}"
         )
 
 
 def to_array(
-    tokens_NC: Tensor, grid: tuple[int, int], options: FeatureOptions, *, index: int
+    vectors_VC: Tensor, grid: tuple[int, int], options: FeatureOptions, *, index: int
 ) -> Array:
-    """Tokens of image `index`, or cells of its boxes, in the dtype and layout asked for.
+    """Tokens of image `index`, or vectors of its boxes, in the dtype and layout asked for.
 
-    Boxes come normalised.
+    Those of boxes come normalised if that is asked for; tokens are normalised here.
 
     Raises:
         FeatureOverflowError: a value is beyond the dtype's range.
     """
     if options.normalize and options.boxes is None:
-        tokens_NC = F.normalize(tokens_NC.float(), dim=-1)
-    converted_NC = tokens_NC.to(_TORCH_DTYPES[options.dtype])
-    if not bool(torch.isfinite(converted_NC).all()):
+        vectors_VC = F.normalize(vectors_VC.float(), dim=-1)
+    converted_VC = vectors_VC.to(_TORCH_DTYPES[options.dtype])
+    if not bool(torch.isfinite(converted_VC).all()):
         hint = "ask for dtype float32" if options.dtype == "float16" else "check the weights"
         raise FeatureOverflowError(
             f"features of image {index} exceed the range of {options.dtype}; {hint}", index=index
         )
     if options.boxes is None:
-        shaped = _in_layout(converted_NC, grid, options.layout)
+        shaped = _tokens_in_layout(converted_VC, grid, options.layout)
     else:
-        shaped = _boxes_in_layout(converted_NC, options.box_size, options.layout)
+        shaped = _boxes_in_layout(converted_VC, options.box_size, options.layout)
     array: Array = shaped.contiguous().numpy()
     return array
 
 
-def _boxes_in_layout(cells_NC: Tensor, box_size: int, layout: Layout) -> Tensor:
+def _boxes_in_layout(rois_VC: Tensor, box_size: int, layout: Layout) -> Tensor:
     if box_size == 1:
-        return cells_NC
-    num_boxes = cells_NC.shape[0] // box_size**2
+        return rois_VC
+    num_boxes = rois_VC.shape[0] // box_size**2
     if layout == "tokens":
-        return cells_NC.reshape(num_boxes, box_size**2, cells_NC.shape[1])
-    cells_KpqC = cells_NC.reshape(num_boxes, box_size, box_size, cells_NC.shape[1])
-    return cells_KpqC if layout == "grid" else cells_KpqC.permute(0, 3, 1, 2)
+        return rois_VC.reshape(num_boxes, box_size**2, rois_VC.shape[1])
+    rois_KppC = rois_VC.reshape(num_boxes, box_size, box_size, rois_VC.shape[1])
+    return rois_KppC if layout == "grid" else rois_KppC.permute(0, 3, 1, 2)
 
 
-def _in_layout(tokens_NC: Tensor, grid: tuple[int, int], layout: Layout) -> Tensor:
+def _tokens_in_layout(tokens_NC: Tensor, grid: tuple[int, int], layout: Layout) -> Tensor:
     h, w = grid
     if layout == "tokens":
         return tokens_NC
@@ -182,14 +183,10 @@ def serialise(
     return [b"".join(parts)] if sum(map(len, parts)) < _JOIN_BYTES else parts
 
 
-def tensor_name(image: int, layer: int, options: FeatureOptions, source: Source) -> str:
-    """`features.0`, `boxes.0` with boxes, or `features.0.layer11` when there are several layers."""
+def tensor_name(image: int, layer: int, source: Source) -> str:
+    """`features.0`, or `features.0.layer11` when there are several layers; also of boxes."""
     suffix = f".layer{layer}" if len(source.layers) > 1 else ""
-    return f"{_content(options)}.{image}{suffix}"
-
-
-def _content(options: FeatureOptions) -> str:
-    return "features" if options.boxes is None else "boxes"
+    return f"features.{image}{suffix}"
 
 
 def _describe(image: ImageFeatures, options: FeatureOptions, source: Source) -> dict[str, object]:
@@ -229,7 +226,7 @@ def _safetensors(
     offset = 0
     for index, image in enumerate(images):
         for layer, array in zip(source.layers, image.arrays, strict=True):
-            header[tensor_name(index, layer, options, source)] = {
+            header[tensor_name(index, layer, source)] = {
                 "dtype": _SAFETENSORS_DTYPES[options.dtype],
                 "shape": array.shape,
                 "data_offsets": (offset, offset + array.nbytes),
@@ -282,7 +279,7 @@ def _json(images: Sequence[ImageFeatures], options: FeatureOptions, source: Sour
         "images": [
             {
                 **_describe(image, options, source),
-                _content(options): [
+                "features": [
                     {
                         "layer": layer,
                         "shape": array.shape,

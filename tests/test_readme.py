@@ -80,7 +80,7 @@ def test_curl_lines_get_an_answer(command, checkout, server):
     if "README.md" in command:
         assert b'"code"' in done.stdout
     elif "boxes" in command:
-        assert load_file(checkout / "boxes.safetensors")["boxes.0"].shape == (2, 7, 7, 192)
+        assert load_file(checkout / "boxes.safetensors")["features.0"].shape == (2, 7, 7, 192)
     else:
         assert load_file(checkout / "cat.safetensors")["features.0"].shape == (19, 28, 192)
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbone.errors import RefineryError
+from kernels.dispatch import KernelError, mode
 from trainer.errors import TrainerError
 from trainer.loop import Interrupted, StopRequest
 from trainer.recipe_file import load_recipe, recipe_names
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.images is None or options.output is None:
             parser.error("--images and --output are needed")
+        mode()  # a mistyped REFINERY_KERNELS is told before anything is loaded
         with StopRequest() as stop:
             summary = refine(
                 recipe,
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         console.print(f"{interrupted}; continue with the same command and --resume")
         return EXIT_INTERRUPTED if interrupted.signum == signal.SIGTERM else 130
-    except RefineryError as error:
+    except (RefineryError, KernelError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as error:

@@ -289,7 +289,7 @@ def attention_cases(shape: Shape, batch: int, dtype: torch.dtype) -> Iterator[Ca
             batch,
             name,
             _name(dtype),
-            {key: run for key, run in contenders.items() if eager.supported(run)},
+            {key: run for key, run in contenders.items() if eager.supported(key, run)},
             partial(eager.attention, q.double(), k.double(), v.double(), window),
             "SDPA",
             (2 * q.numel() + 2 * q.numel() * num_queries // window.num_tokens) * dtype.itemsize,

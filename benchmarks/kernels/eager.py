@@ -3,6 +3,7 @@
 Dimension key: that of the operation in `kernels`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import TokenWindow
+
+logger = logging.getLogger("benchmarks.kernels")
 
 SDPA_BACKENDS: Mapping[str, SDPBackend] = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -84,11 +87,14 @@ def windowed_attention(
         return F.scaled_dot_product_attention(wanted, k, v).transpose(1, 2).contiguous()
 
 
-def supported(run: Callable[[], object]) -> bool:
+def supported(name: str, run: Callable[[], object]) -> bool:
     """Whether a contender can do the shape at all: not every SDPA backend has every head dim."""
     try:
         run()
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        logger.info("%s does not take part: %s", name, str(error).splitlines()[0])
         return False
     return True
 

@@ -169,7 +169,7 @@ def test_compiled_equals_eager_and_so_do_its_gradients(window, dynamic):
         ({"v": torch.zeros(2, 2, 57, 8)}, r"one shape \[B, H, T, D\] is wanted"),
         ({"q": torch.zeros(57, 16)}, r"one shape \[B, H, T, D\] is wanted"),
         ({"v": torch.zeros(2, 2, 57, 16, dtype=torch.float16)}, "torch.float32, torch.float16"),
-        ({"k": torch.zeros(2, 2, 57, 16, device="meta")}, "on cpu, meta, cpu"),
+        ({"k": torch.zeros(2, 2, 57, 16, device="meta")}, "k on meta"),
         ({"scale": 0.0}, "scale is 0.0; a positive number is wanted"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"window": TokenWindow((3, 4), border=1)}, "57 tokens do not fill a grid of 3x4"),
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused_in_words(operation, change, message):
 def test_no_tokens_and_integers_are_refused():
     with pytest.raises(ValueError, match="0 tokens of 16 channels"):
         attention(*packed_heads(0))
-    with pytest.raises(ValueError, match="one float is wanted"):
+    with pytest.raises(ValueError, match="floating point numbers are wanted"):
         attention(*packed_heads(5).long())
 
 
@@ -196,7 +196,7 @@ def test_no_tokens_and_integers_are_refused():
     [
         (12, torch.float32, "head dim 12 is not a multiple of 8"),
         (136, torch.float32, "head dim 136 is not a multiple of 8 up to 128"),
-        (64, torch.float64, "torch.float64 is computed by PyTorch only"),
+        (64, torch.float64, "no kernel computes in torch.float64"),
     ],
 )
 def test_an_explicit_kernel_that_cannot_run_is_an_error(head_dim, dtype, message, monkeypatch):

@@ -275,3 +275,25 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
 
     with pytest.raises(ValueError, match=message):
         mean_logsumexp(given.pop("rows_QNC"), given.pop("columns_GMC"), **given)
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="'keep' is unknown; use one of detach, replace"):
+        mean_logsumexp(
+            unit(1, 2, 3, seed=0),
+            unit(1, 2, 3, seed=1),
+            temperature=0.2,
+            threshold=0.1,
+            below="keep",
+        )
+
+
+def test_a_threshold_is_one_number():
+    with pytest.raises(ValueError, match="one number is wanted"):
+        mean_logsumexp(
+            unit(1, 2, 3, seed=0),
+            unit(1, 2, 3, seed=1),
+            temperature=0.2,
+            threshold=torch.zeros(3),
+            below="detach",
+        )

@@ -93,5 +93,22 @@ def test_each_decision_is_logged_once(caplog):
 def test_an_unknown_mode_is_refused(monkeypatch):
     monkeypatch.setenv(dispatch.MODE_VARIABLE, "cuda")
 
-    with pytest.raises(ValueError, match="'cuda'; use one of auto, triton, reference"):
+    with pytest.raises(
+        dispatch.KernelModeError, match="'cuda'; use one of auto, triton, reference"
+    ):
         dispatch.mode()
+
+
+def test_the_reference_where_it_is_faster_unless_the_kernel_is_asked_for(monkeypatch, hopper):
+    assert dispatch.use_triton("op", hopper(), slower="the table says so") is False
+
+    dispatch.mode.cache_clear()
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "triton")
+    assert dispatch.use_triton("op", hopper(), slower="the table says so") is True
+
+
+def test_a_kernel_that_cannot_run_on_a_gpu_is_a_warning(caplog, hopper):
+    with caplog.at_level(logging.INFO, logger="kernels.dispatch"):
+        dispatch.use_triton("op", hopper(), unsupported="float64 tensors")
+
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

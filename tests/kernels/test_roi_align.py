@@ -7,6 +7,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
+from kernels import _roi_align_reference
 from kernels.roi_align import roi_align, roi_align_reference
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -214,78 +215,6 @@ def test_a_box_turned_along_one_axis_gives_zeros(box):
     assert not rois.any()
 
 
-def test_gradcheck():
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randn(2, 12, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    boxes = torch.rand(2, 2, 4, generator=generator, dtype=torch.float64)
-    boxes[..., 2:] += 0.3
-
-    assert torch.autograd.gradcheck(
-        lambda t: roi_align(t, boxes, grid=(3, 4), output_size=(2, 3)), tokens
-    )
-
-
-def test_gradcheck_of_normalised_rois_of_a_canvas():
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randn(2, 21, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    boxes = torch.rand(3, 4, generator=generator, dtype=torch.float64)
-    boxes[..., 2:] += 0.3
-    settings = {"grid": (3, 2), "border": 1, "num_prefix_tokens": 1, "output_size": (2, 2)}
-
-    assert torch.autograd.gradcheck(
-        lambda t: roi_align(t, boxes, num_boxes=[1, 2], normalize=True, **settings), tokens
-    )
-
-
-# opcheck looks at the gradients of its own copies of inputs, which are no leaves.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_strided", [False, True])
-def test_the_operators_are_registered_soundly(normalize, dtype, is_strided):
-    generator = torch.Generator().manual_seed(13)
-    tokens = torch.randn(2, 21, 3, generator=generator)
-    tokens = tokens.mT.contiguous().mT if is_strided else tokens
-    window, output_size = [3, 2, 1, 1], [2, 2]
-    boxes = torch.rand(3, 4, generator=generator)
-    gradient = torch.randn(3, 4, 3, generator=generator).to(dtype)
-    units_and_norms = (torch.rand(3, 4, 3), torch.rand(3, 4)) if normalize else (None, None)
-    operators = torch.ops.refinery
-
-    torch.library.opcheck(
-        operators.roi_align.default,
-        (tokens.requires_grad_(), boxes, [1, 2], window, output_size, normalize, dtype),
-    )
-    torch.library.opcheck(
-        operators.roi_align_backward.default,
-        (gradient, *units_and_norms, boxes, [1, 2], window, output_size, torch.float32),
-    )
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_compiled_graph_is_whole_and_gives_the_same(normalize, dynamic):
-    generator = torch.Generator().manual_seed(14)
-    tokens = torch.randn(2, 21, 3, generator=generator, requires_grad=True)
-    boxes = torch.rand(2, 3, 4, generator=generator)
-    boxes[..., 2:] += 0.3
-    upstream = torch.randn(6, 4, 3, generator=generator)
-
-    def loss(tokens, boxes):
-        settings = {"grid": (3, 2), "border": 1, "num_prefix_tokens": 1, "output_size": (2, 2)}
-        return (roi_align(tokens * 2, boxes, normalize=normalize, **settings) * upstream).sum()
-
-    eager = loss(tokens, boxes)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)(
-        tokens, boxes
-    )
-
-    torch.testing.assert_close(compiled, eager)
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled, tokens), torch.autograd.grad(eager, tokens)
-    )
-
-
 def test_whole_image_box_at_the_same_grid_changes_nothing():
     tokens = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(6))
 
@@ -365,3 +294,21 @@ def test_a_result_without_bins_is_refused():
 def test_tokens_without_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"wanted \[images, tokens, channels\]"):
         roi_align(torch.zeros(16, 3), torch.zeros(1, 1, 4), grid=(4, 4), output_size=(2, 2))
+
+
+def test_many_boxes_on_a_long_axis_take_no_more_memory(monkeypatch):
+    sizes, real = [], _roi_align_reference.axis_weights
+
+    def watched(*arguments, **settings):
+        weights = real(*arguments, **settings)
+        sizes.append(weights.numel())
+        return weights
+
+    monkeypatch.setattr(_roi_align_reference, "axis_weights", watched)
+    tokens = torch.randn(1, 2700, 2, generator=torch.Generator().manual_seed(8))
+    boxes = torch.tensor([[[-1.0, -1.0, 2.0, 2.0]]]).expand(1, 500, 4)
+
+    roi_align(tokens, boxes, grid=(1, 2700), output_size=(3, 3))
+
+    assert len(sizes) > 2
+    assert max(sizes) <= _roi_align_reference._WEIGHTS_AT_ONCE

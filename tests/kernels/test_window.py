@@ -28,3 +28,9 @@ def test_without_border_and_prefix_it_is_the_whole_sequence():
 def test_another_number_of_tokens_is_refused():
     with pytest.raises(ValueError, match="9 tokens do not fill a grid of 2x2 with a border of 1"):
         TokenWindow((2, 2), border=1).check(9)
+
+
+@pytest.mark.parametrize("window", [TokenWindow((-1, 2)), TokenWindow((4, 4), border=-1)])
+def test_negative_numbers_are_refused(window):
+    with pytest.raises(ValueError, match="negative"):
+        window.check(window.num_tokens)

@@ -284,7 +284,7 @@ def test_openapi_names_every_error_option_and_format(client):
 
     operation = document["paths"]["/features"]["post"]
     names = [parameter["name"] for parameter in operation["parameters"]]
-    assert names == [*("size", "layers", "dtype", "layout", "normalize", "boxes", "box_size")]
+    assert names == ["size", "layers", "dtype", "layout", "normalize", "boxes", "box_size"]
     assert set(operation["responses"]) == {"200", "400", "406", "413", "415", "422", "500", "503"}
     assert "`too_many_images`" in operation["responses"]["413"]["description"]
     assert set(operation["requestBody"]["content"]) == {

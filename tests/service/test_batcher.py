@@ -11,9 +11,15 @@ from service.metrics import Metrics
 SMALL, LARGE = (32, 32), (32, 48)
 
 
+def make_batcher(metrics=None, batch_tokens=10, batch_box_vectors=1000):
+    return Batcher(
+        metrics or Metrics(), batch_tokens=batch_tokens, batch_box_vectors=batch_box_vectors
+    )
+
+
 @pytest.fixture
 def batcher():
-    return Batcher(10, Metrics())
+    return make_batcher()
 
 
 def image(size=SMALL, tokens=4, layers=(11,), regions=None):
@@ -63,12 +69,21 @@ def test_a_batch_holds_boxes_of_one_kind_however_many(batcher):
     assert [batcher.next_batch() for _ in range(4)] == [[a, e], [b], [c], [d]]
 
 
-def test_a_batch_stays_within_its_budget_of_cells():
-    batcher = Batcher(10, Metrics(), batch_cells=100)
-    kinds = [regions(1, 7), regions(1, 7), regions(1, 7), regions(4, 7)]
+def test_a_batch_stays_within_its_budget_of_box_vectors():
+    batcher = make_batcher(batch_box_vectors=100)
+    kinds = [regions(1, 7), regions(1, 7), regions(1, 7), regions(2, 7)]
     a, b, c, d = submit(batcher, *(image(tokens=1, regions=kind) for kind in kinds))
 
     assert [batcher.next_batch() for _ in range(3)] == [[a, b], [c], [d]]
+
+
+def test_box_vectors_are_counted_in_every_layer():
+    batcher = make_batcher(batch_box_vectors=100)
+    a, b = submit(
+        batcher, *[image(tokens=1, layers=(5, 11), regions=regions(1, 7)) for _ in range(2)]
+    )
+
+    assert [batcher.next_batch() for _ in range(2)] == [[a], [b]]
 
 
 def test_the_oldest_image_goes_first_whatever_comes_after_it(batcher):
@@ -83,7 +98,7 @@ def test_the_oldest_image_goes_first_whatever_comes_after_it(batcher):
 
 def test_a_cancelled_image_leaves_before_it_costs_anything(batcher):
     metrics = Metrics()
-    batcher = Batcher(8, metrics)
+    batcher = make_batcher(metrics, batch_tokens=8)
     first, second, third = submit(batcher, image(), image(), image())
 
     first.future.cancel()
@@ -138,7 +153,7 @@ def test_whoever_waits_can_be_failed_at_once(batcher):
 
 def test_the_gauges_follow_the_queue(batcher):
     metrics = Metrics()
-    batcher = Batcher(8, metrics)
+    batcher = make_batcher(metrics, batch_tokens=8)
 
     submit(batcher, image(), image(), image(LARGE))
     assert (metrics.queue_images._value.get(), metrics.queue_tokens._value.get()) == (3, 12)

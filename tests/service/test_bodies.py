@@ -33,6 +33,10 @@ def read(*parts, max_bytes=10, declared=None, **options):
     return asyncio.run(read_body(chunks(*parts), max_bytes=max_bytes, declared=declared, **options))
 
 
+def parse(kind, body, *, max_images, max_lists=100_000):
+    return parse_payload(kind, body, max_images=max_images, max_lists=max_lists)
+
+
 @pytest.mark.parametrize(
     ("content_type", "form"),
     [
@@ -95,14 +99,14 @@ def test_a_body_without_end_is_refused_while_it_arrives():
 
 
 def test_an_image_body_is_the_image():
-    assert parse_payload(BodyKind("image"), b"jpeg", max_images=1) == ([b"jpeg"], {})
+    assert parse(BodyKind("image"), b"jpeg", max_images=1) == ([b"jpeg"], {})
 
 
 def test_multipart_holds_images_in_order_and_options():
     tricky = b"\r\n--frontie\r\n--fron\r\r\n--"
     body = multipart((b"images", b"one"), (b"options", b'{"size": 64}'), (b"images", tricky))
 
-    payload = parse_payload(MULTIPART, body, max_images=2)
+    payload = parse(MULTIPART, body, max_images=2)
 
     assert payload.images == [b"one", tricky]
     assert payload.options == {"size": 64}
@@ -111,7 +115,7 @@ def test_multipart_holds_images_in_order_and_options():
 def test_json_holds_base64_images_and_options():
     large = bytes(range(256)) * 3000  # several chunks
 
-    payload = parse_payload(JSON, in_json(b"one", large, options={"size": 64}), max_images=2)
+    payload = parse(JSON, in_json(b"one", large, options={"size": 64}), max_images=2)
 
     assert payload.images == [b"one", large]
     assert payload.options == {"size": 64}
@@ -122,7 +126,7 @@ def test_more_images_than_allowed_are_refused(kind):
     body = in_json(b"a", b"b") if kind is JSON else multipart((b"images", b"a"), (b"images", b"b"))
 
     with pytest.raises(errors.TooManyImagesError, match="2 images or more, 1 are allowed"):
-        parse_payload(kind, body, max_images=1)
+        parse(kind, body, max_images=1)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +161,26 @@ def test_more_images_than_allowed_are_refused(kind):
 )
 def test_a_broken_body_is_refused_with_its_fault(kind, body, error, message):
     with pytest.raises(error, match=message):
-        parse_payload(kind, body, max_images=4)
+        parse(kind, body, max_images=4)
 
 
 def test_a_bad_image_in_json_is_named():
     body = b'{"images": [{"data": "aGk="}, {"data": "!"}]}'
 
     with pytest.raises(errors.MalformedImageError) as caught:
-        parse_payload(JSON, body, max_images=4)
+        parse(JSON, body, max_images=4)
     assert caught.value.index == 1
+
+
+@pytest.mark.parametrize("kind", [JSON, MULTIPART])
+def test_a_body_of_too_many_lists_is_refused_before_it_is_loaded(kind):
+    def body(num_lists):
+        boxes = [[0, 0, 1, 1]] * (num_lists - 1)
+        if kind is JSON:
+            return in_json(b"a", options={"boxes": boxes[1:]})
+        options = json.dumps({"boxes": boxes}).encode()
+        return multipart((b"images", b"a"), (b"options", options))
+
+    with pytest.raises(errors.InvalidOptionError, match="11 lists, 10 are allowed"):
+        parse(kind, body(11), max_images=1, max_lists=10)
+    assert parse(kind, body(10), max_images=1, max_lists=10).images == [b"a"]

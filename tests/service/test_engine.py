@@ -13,7 +13,7 @@ from service.metrics import Metrics
 class Fixture:
     def __init__(self, open_encoder):
         self.metrics = Metrics()
-        self.batcher = Batcher(1000, self.metrics)
+        self.batcher = Batcher(self.metrics, batch_tokens=1000, batch_box_vectors=1000)
         self.ready = threading.Event()
         self.failure = None
         self.failed = threading.Event()
@@ -78,8 +78,8 @@ def test_every_image_of_a_batch_gets_its_own_features(engine, watched_encoder):
     for seed, future in enumerate([first, *rest]):
         layers = (1,) if seed == 0 else (0, 1)
         alone = watched_encoder.encode(pixels(seed)[None], layers=layers)
-        for tokens, features in zip(future.result(10).tokens_NC, alone, strict=True):
-            torch.testing.assert_close(tokens, features.tokens[0])
+        for vectors, features in zip(future.result(10).vectors_VC, alone, strict=True):
+            torch.testing.assert_close(vectors, features.tokens[0])
 
 
 def test_a_poisoned_image_fails_alone(engine, watched_encoder, caplog):

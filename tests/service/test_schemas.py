@@ -1,11 +1,20 @@
+import re
+import time
+
 import pytest
 
+from service.boxes import BoxLimits
 from service.errors import InvalidOptionError, UnknownOptionError
 from service.schemas import FeatureOptions, parse_options
 
 
+def parse(query, body=None, num_images=1):
+    limits = BoxLimits(max_image_boxes=1000, max_vectors=10_000)
+    return parse_options(query, body, num_images=num_images, box_limits=limits)
+
+
 def test_without_options_the_defaults_hold():
-    assert parse_options([], None) == FeatureOptions()
+    assert parse([]) == FeatureOptions()
 
 
 @pytest.mark.parametrize(
@@ -14,7 +23,7 @@ def test_without_options_the_defaults_hold():
 def test_sizes_read_the_same_from_query_and_body(text, size):
     body = {"size": list(size) if isinstance(size, tuple) else size}
 
-    assert parse_options([("size", text)]).size == parse_options([], body).size == size
+    assert parse([("size", text)]).size == parse([], body).size == size
 
 
 @pytest.mark.parametrize(
@@ -22,23 +31,23 @@ def test_sizes_read_the_same_from_query_and_body(text, size):
     [[("layers", "-1,-4")], [("layers", "[-1,-4]")], [("layers", "-1"), ("layers", "-4")]],
 )
 def test_layers_may_be_listed_or_repeated(query):
-    assert parse_options(query).layers == (-1, -4)
+    assert parse(query).layers == (-1, -4)
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("False", False)])
 def test_switches_read_as_words_or_digits(text, value):
-    assert parse_options([("normalize", text)]).normalize is value
+    assert parse([("normalize", text)]).normalize is value
 
 
 def test_query_and_body_are_joined():
-    options = parse_options([("dtype", "float32")], {"layout": "nchw"})
+    options = parse([("dtype", "float32")], {"layout": "nchw"})
 
     assert (options.dtype, options.layout) == ("float32", "nchw")
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name():
     with pytest.raises(UnknownOptionError, match="'normalise': did you mean 'normalize'"):
-        parse_options([("normalise", "1")])
+        parse([("normalise", "1")])
 
 
 @pytest.mark.parametrize(
@@ -56,23 +65,56 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
         ({"size": [224, 224, 3]}, "size"),
         ({"size": "big"}, "size"),
         ({"size": True}, "size"),
+        ({"layers": [0] * 3_000_000}, "bytes of JSON, 16384 are allowed"),
+        ({"dtype": {"a": [[]] * 20_000}}, "bytes of JSON"),
         ({"size": 10**400}, "cannot be read"),
         ({"dtype": "\ud800"}, "cannot be read"),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(body, message):
     with pytest.raises(InvalidOptionError, match=message):
-        parse_options([], body)
+        parse([], body)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,x", "9" * 5000, "٣", "1.5", "[[1]]", "--1"])
 def test_sizes_that_are_no_numbers_are_refused(text):
     with pytest.raises(InvalidOptionError):
-        parse_options([("size", text)])
+        parse([("size", text)])
 
 
 def test_an_option_given_twice_is_refused():
     with pytest.raises(InvalidOptionError, match="twice"):
-        parse_options([("dtype", "float16"), ("dtype", "float32")])
+        parse([("dtype", "float16"), ("dtype", "float32")])
     with pytest.raises(InvalidOptionError, match="both in the query and in the body"):
-        parse_options([("dtype", "float16")], {"dtype": "float16"})
+        parse([("dtype", "float16")], {"dtype": "float16"})
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[1, 2, 3, 4]] * 3_000_000, "image 0 has 3000000 boxes, 1000 are allowed"),
+        ([[[1, 2, 3, 4]] * 3_000_000], "image 0 has 3000000 boxes, 1000 are allowed"),
+        ([[]] * 3_000_000, "lists of boxes: 3000000, images: 1"),
+        ([[[]] * 3_000_000], "image 0 has 3000000 boxes"),
+        ([[[0] * 3_000_000]], "box 0 of image 0 is [0, 0, 0, 0, 0, 0, ...], not 4 finite numbers"),
+        ([[{str(key): key for key in range(100_000)}]], "box 0 of image 0 is [{...}]"),
+    ],
+    ids=["flat", "nested", "empty lists", "empty boxes", "a long box", "an object"],
+)
+def test_very_many_boxes_are_refused_before_they_are_read(boxes, message):
+    started = time.thread_time()
+
+    with pytest.raises(InvalidOptionError, match=re.escape(message)):
+        parse([], {"boxes": boxes})
+
+    # A thousandth of a second here; a single pass over them takes a tenth, validating them seconds.
+    assert time.thread_time() - started < 0.05
+
+
+def test_boxes_of_all_images_are_counted_with_box_size_and_layers():
+    three = [[0, 0, 9, 9]] * 3
+    options = {"boxes": [three, three], "box_size": 40}
+
+    assert parse([], options, num_images=2).boxes == (((0.0, 0.0, 9.0, 9.0),) * 3,) * 2
+    with pytest.raises(InvalidOptionError, match="19200 vectors .* 10000 are allowed"):
+        parse([], options | {"layers": [0, 1]}, num_images=2)

@@ -169,11 +169,19 @@ def test_json_carries_base64_with_shape():
 
 
 def test_json_is_refused_beyond_a_million_values():
-    wire.check_response_size("application/json", 1_000_000)
-    wire.check_response_size("application/x-npy", 1_000_001)
+    options = FeatureOptions()
+    wire.check_response_size("application/json", 1_000_000, options)
+    wire.check_response_size("application/x-npy", 1_000_001, options)
 
-    with pytest.raises(errors.ResponseTooLargeError, match="application/x-safetensors"):
-        wire.check_response_size("application/json", 1_000_001)
+    with pytest.raises(errors.ResponseTooLargeError, match="safetensors, or for a smaller size"):
+        wire.check_response_size("application/json", 1_000_001, options)
+
+
+def test_advice_on_too_large_json_of_boxes_is_about_boxes():
+    options = FeatureOptions(boxes=(((0.0, 0.0, 1.0, 1.0),),))
+
+    with pytest.raises(errors.ResponseTooLargeError, match="fewer boxes or a smaller box_size"):
+        wire.check_response_size("application/json", 1_000_001, options)
 
 
 def test_parts_are_sent_as_they_are():

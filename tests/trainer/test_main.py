@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from backbone import load_artifact
+from kernels import dispatch
 from tests.trainer.refining import SMALL, image_folder, model_folder
 from trainer.__main__ import main
 
@@ -192,3 +193,16 @@ def test_a_stopped_run_goes_on_with_resume(tmp_path, monkeypatch):
     records = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     load_artifact(tmp_path / "out" / "refined")
+
+
+def test_a_mistyped_kernel_mode_is_told_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "fast")
+    dispatch.mode.cache_clear()
+    try:
+        code = main(command(tmp_path))
+    finally:
+        dispatch.mode.cache_clear()
+
+    assert code == 2
+    assert "REFINERY_KERNELS is 'fast'; use one of auto" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backbone import DenseEncoder, open_model
 from backbone.errors import RefineryError
+from kernels.dispatch import KernelError, mode
 from trainer.config import DataSection
 from trainer.data import ImageFolder, square_image
 from trainer.errors import TrainerError
@@ -37,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        mode()
         command = _segmentation if arguments.command == "segmentation" else _spurious
         return command(arguments)
-    except RefineryError as error:
+    except (RefineryError, KernelError) as error:
         logger.error("%s", error)
         return 2
 

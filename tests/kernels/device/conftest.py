@@ -1,15 +1,17 @@
 """Tests of device code: through Triton's interpreter on the CPU, or on a GPU.
 
-TRITON_INTERPRET=1 REFINERY_KERNELS=triton python -m pytest tests/kernels/device
+TRITON_INTERPRET=1 python -m pytest tests/kernels/device
 python -m pytest -m gpu
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from kernels import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter multiplies bfloat16 as integers and truncates when it rounds to it.
@@ -20,6 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "kernels/device/" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing but the kernel may answer: what it cannot do is an error, not the reference."""
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, getattr(request, "param", "triton"))
+    dispatch.mode.cache_clear()
+    yield
+    dispatch.mode.cache_clear()
 
 
 @pytest.fixture(params=DTYPES, ids=str)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kernels import dispatch
 from kernels.attention import (
     attention,
     attention_reference,
@@ -16,15 +15,6 @@ from tests.kernels.accuracy import assert_as_exact
 # Error that is allowed where PyTorch happens to be exact: a rounding of numbers about 1.
 FLOOR = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 WINDOW = TokenWindow((5, 9), border=2, prefix=3)
-
-
-@pytest.fixture(autouse=True)
-def mode(request, monkeypatch):
-    """The kernel runs, also where the table of a GPU prefers SDPA."""
-    monkeypatch.setenv(dispatch.MODE_VARIABLE, getattr(request, "param", "triton"))
-    dispatch.mode.cache_clear()
-    yield
-    dispatch.mode.cache_clear()
 
 
 def packed_heads(shape, dtype, device, seed=0):

@@ -56,6 +56,17 @@ def assert_matches(q, k, **arguments):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_index_and_mask_may_lie_apart_in_memory(device, variant):
+    q, k = packed(device, torch.float32)
+    index_N = torch.arange(70, device=device)[::2]
+    rejected_BN = some_rejected(device, 35, 2).T
+
+    assert not index_N.is_contiguous()
+    assert not rejected_BN.is_contiguous()
+    assert_matches(q, k, variant=variant, index_N=index_N, rejected_BN=rejected_BN)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("make", "head_dim"),
     [(packed, 64), (packed, 72), (separate, 72), (separate, 88), (separate, 128)],
