@@ -21,7 +21,7 @@ from backbone.preprocess import normalize
 from backbone.registers import LearnableBorder, canvas_size, strip, surround
 from backbone.served import obstacle, served_layers
 from backbone.vit import Backbone, DenseFeatures
-from kernels import TokenWindow
+from kernels import TokenWindow, sdpa_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +155,14 @@ class DenseEncoder:
         grid = (canvas_h - num_border, canvas_w - num_border)
         wanted = [self.backbone.layer_number(layer) for layer in layers]
         ascending = sorted(set(wanted))
-        outputs = served_layers(
-            self.backbone.vit,
-            canvas_B3HW,
-            layers=ascending,
-            window=TokenWindow(grid, border, num_prefix),
-            norm=self.backbone.dense_norm,
-        )
+        with sdpa_in_order(canvas_B3HW.device):
+            outputs = served_layers(
+                self.backbone.vit,
+                canvas_B3HW,
+                layers=ascending,
+                window=TokenWindow(grid, border, num_prefix),
+                norm=self.backbone.dense_norm,
+            )
         features = {
             layer: DenseFeatures(
                 output[:, num_prefix:], grid, self.patch_size, output[:, :num_prefix]

@@ -1,10 +1,11 @@
 """The operations of the method that are worth a kernel, each with its plain PyTorch definition.
 
-Every operation is a pure function of tensors, computes in float32 at least whatever it is given
-(autocast included), and knows nothing of backbones or training.
+Every operation is a function of tensors and knows nothing of backbones or training. It computes
+in float32 at least whatever it is given, autocast included; attention alone multiplies 16-bit
+inputs as they are and sums in float32, as SDPA does.
 """
 
-from kernels.attention import AttentionOutput, attention, attention_with_lse
+from kernels.attention import AttentionOutput, attention, attention_with_lse, sdpa_in_order
 from kernels.attention_flow import Flow, attention_inflow
 from kernels.contrastive import mean_logsumexp
 from kernels.precision import full_precision, widen
@@ -25,5 +26,6 @@ __all__ = [
     "max_similarity",
     "mean_logsumexp",
     "roi_align",
+    "sdpa_in_order",
     "widen",
 ]

@@ -42,7 +42,8 @@ def _store_rows(
     tl.store(pointers, values.to(head_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+# Not specialised: an image of a new size must not wait for a compile.
+@triton.jit(do_not_specialize=["num_tokens", "num_queries", "prefix", "border", "grid_width"])
 def _attention_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, T, D]

@@ -13,7 +13,8 @@ from kernels.precision import SHORTEST_NORM
 SHORTEST: tl.constexpr = tl.constexpr(SHORTEST_NORM)
 
 
-@triton.jit
+# Not specialised: a grid or a number of boxes that is new must not wait for a compile.
+@triton.jit(do_not_specialize=["num_images", "height", "width", "rows", "columns"])
 def tables_kernel(
     boxes_ptr,  # [R, 4] float32
     first_box_ptr,  # [B + 1] int32
@@ -89,7 +90,7 @@ def tables_kernel(
     tl.store(bins_ptr + cells * 2 + 1, end_bin, mask=cells < num_cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "canvas_width", "height", "width", "rows", "columns"])
 def forward_kernel(
     tokens_ptr,  # [B, N, C]
     weights_ptr,  # [R, p * h + q * w] float32
@@ -121,7 +122,10 @@ def forward_kernel(
     row = program // blocks % rows
     first_column = program % blocks * NUM_BINS
 
-    tokens_ptr += tl.load(image_ptr + roi).to(tl.int64) * stride_b
+    image_offset = tl.load(image_ptr + roi).to(tl.int64) * stride_b
+    if ALIGNED:
+        image_offset = tl.multiple_of(image_offset, 8)
+    tokens_ptr += image_offset
     weights_ptr += roi * (rows * height + columns * width)
     cells_ptr += roi * (rows + columns) * 2
     first_y = tl.load(cells_ptr + row * 2)
@@ -175,7 +179,9 @@ def forward_kernel(
             tl.store(roi_ptr + c1, sum1.to(rois_ptr.dtype.element_ty), mask=is_c1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["prefix", "border", "num_tokens", "height", "width", "rows", "columns"]
+)
 def backward_kernel(
     gradient_ptr,  # [R, p * q, C]
     weights_ptr,  # [R, p * h + q * w] float32

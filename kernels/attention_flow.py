@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kernels._flow_paper_device import launch_paper_inflow
 from kernels._flow_release_device import launch_release_inflow, recut_heads
-from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.dispatch import on_device_of, unsupported_dtype, unsupported_span, use_triton
 from kernels.precision import check_alike, full_precision, wide_dtype, widen
 
 Flow = Literal["paper", "release"]
@@ -114,7 +114,7 @@ def _attention_inflow(
 
 
 def _unsupported(q_BHTD: Tensor, k_BHTD: Tensor, variant: str) -> str | None:
-    if unsupported := unsupported_dtype(q_BHTD.dtype):
+    if unsupported := unsupported_dtype(q_BHTD.dtype) or unsupported_span(q_BHTD, k_BHTD):
         return unsupported
     head_dim = (recut_heads(q_BHTD, k_BHTD)[0] if variant == "release" else q_BHTD).shape[3]
     if head_dim > _MAX_HEAD_DIM:

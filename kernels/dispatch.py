@@ -95,6 +95,16 @@ def unsupported_dtype(*dtypes: torch.dtype) -> str | None:
     )
 
 
+def unsupported_span(*tensors: Tensor) -> str | None:
+    """Why kernels cannot address these tensors, or None where they can.
+
+    They count a token's channels in 32 bits, which channels that lie far apart exceed.
+    """
+    if any(tensor.shape[-1] * tensor.stride(-1) >= 2**31 for tensor in tensors):
+        return "the channels of a token span 2**31 elements or more"
+    return None
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the device of `tensor` the current one: Triton launches on the current device."""
     if tensor.device.type == "cuda":

@@ -34,13 +34,13 @@ def is_aligned(*strides: int) -> bool:
 def head_offset(batch, head, stride_b, stride_h, ALIGNED: tl.constexpr):
     """Offset of a head's first element, int64.
 
-    The compiler sees no divisibility in `head * 72` and would load 2 bytes at a time; the hint
-    belongs on the sum, not on the strides.
+    The compiler sees no divisibility in `head * 72` and would load 2 bytes at a time. The hints
+    belong on the products, not on the strides; on the sum one is lost where there is one head.
     """
-    offset = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    of_batch, of_head = batch.to(tl.int64) * stride_b, head.to(tl.int64) * stride_h
     if ALIGNED:
-        offset = tl.multiple_of(offset, 8)
-    return offset
+        of_batch, of_head = tl.multiple_of(of_batch, 8), tl.multiple_of(of_head, 8)
+    return of_batch + of_head
 
 
 @triton.jit

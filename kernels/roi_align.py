@@ -23,7 +23,7 @@ from kernels._roi_align_reference import (
     forward_reference,
     normalize_backward_reference,
 )
-from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.dispatch import on_device_of, unsupported_dtype, unsupported_span, use_triton
 from kernels.precision import SHORTEST_NORM, check_alike, full_precision, wide_dtype, widen
 from kernels.window import TokenWindow
 
@@ -170,7 +170,7 @@ def _roi_align(
     `window` is rows, columns, border, prefix.
     """
     place, (rows, columns) = _window(window), output_size
-    unsupported = unsupported_dtype(tokens_BNC.dtype, dtype)
+    unsupported = unsupported_dtype(tokens_BNC.dtype, dtype) or unsupported_span(tokens_BNC)
     if use_triton("roi_align", tokens_BNC, unsupported=unsupported):
         with on_device_of(tokens_BNC):
             return launch_roi_align(
@@ -220,9 +220,8 @@ def _roi_align_backward(
 ) -> Tensor:
     """Gradient of the tokens; `units_RPC` and `norms_RP` are there where rois were normalised."""
     place, (rows, columns) = _window(window), output_size
-    if use_triton(
-        "roi_align", gradient_RPC, unsupported=unsupported_dtype(gradient_RPC.dtype, dtype)
-    ):
+    unsupported = unsupported_dtype(gradient_RPC.dtype, dtype) or unsupported_span(gradient_RPC)
+    if use_triton("roi_align", gradient_RPC, unsupported=unsupported):
         with on_device_of(gradient_RPC):
             if units_RPC is not None and norms_RP is not None:
                 gradient_RPC = launch_normalize_backward(gradient_RPC, units_RPC, norms_RP)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import on_device_of, unsupported_dtype, use_triton
+from kernels.dispatch import on_device_of, unsupported_dtype, unsupported_span, use_triton
 from kernels.precision import SHORTEST_NORM, check_alike, full_precision, wide_dtype, widen
 from kernels.tiles import tiles
 
@@ -253,7 +253,7 @@ def _inverse_norm(tokens_QNC: Tensor) -> Tensor:
 
 @torch.library.custom_op("refinery::max_similarity", mutates_args=())
 def _max_similarity(queries: Tensor, keys: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    unsupported = unsupported_dtype(queries.dtype, keys.dtype)
+    unsupported = unsupported_dtype(queries.dtype, keys.dtype) or unsupported_span(queries, keys)
     if use_triton("max_similarity", queries, unsupported=unsupported):
         with on_device_of(queries):
             return launch_max_similarity(queries, keys, normalize=normalize)

@@ -43,6 +43,7 @@ def _row(rows: str, device: torch.device, facts: dict[str, int]) -> dict[str, An
     raise LookupError(f"no row of {rows} in {architecture(device)}.json holds for {facts}")
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """Name of the table that serves a device."""
     if device.type != "cuda":

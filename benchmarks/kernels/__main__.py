@@ -47,16 +47,25 @@ def main() -> int:
     torch.set_default_device(device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     limits = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    rows: list[Row] = []
-    for case in _cases(arguments, device):
-        rows += measure(case, device, limits)
     where = environment(device)
-    command = "python -m benchmarks.kernels " + shlex.join(sys.argv[1:])
-    write_csv(rows, where, arguments.output / "kernels.csv")
-    (arguments.output / "kernels.md").write_text(to_markdown(rows, where, limits, command.rstrip()))
-    plot(rows, arguments.output / "kernels.png")
-    logger.info("wrote kernels.csv, kernels.md and kernels.png to %s", arguments.output)
-    return 0
+    command = f"python -m benchmarks.kernels {shlex.join(sys.argv[1:])}".rstrip()
+    rows: list[Row] = []
+    failed = 0
+    for case in _cases(arguments, device):
+        try:
+            rows += measure(case, device, limits)
+        except (WrongResultError, torch.OutOfMemoryError) as error:
+            logger.error("failed: %s, %s, batch %d, %s, %s: %s", *case[:5], error)
+            failed += 1
+            continue
+        # After every case: whatever ends the run, what was measured stays.
+        write_csv(rows, where, arguments.output / "kernels.csv")
+        text = to_markdown(rows, where, limits, command)
+        (arguments.output / "kernels.md").write_text(text)
+    if rows:
+        plot(rows, arguments.output / "kernels.png")
+    logger.info("%d rows in %s; %d cases failed", len(rows), arguments.output, failed)
+    return 1 if failed or not rows else 0
 
 
 def _parse() -> argparse.Namespace:
@@ -160,7 +169,6 @@ def check(case: Case) -> None:
     for name, error in errors.items():
         if not error <= 2 * errors[case.alike] + floor:
             raise WrongResultError(
-                f"{case.operation}, {case.shape}, batch {case.batch}, {case.mode}, {case.dtype}: "
                 f"{name} has an error of {error:.3g}, {case.alike} of {errors[case.alike]:.3g}; "
                 "not timed"
             )

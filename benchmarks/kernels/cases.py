@@ -78,20 +78,21 @@ class Case(NamedTuple):
 
 def roi_align_cases(shape: Shape, batch: int, dtype: torch.dtype) -> Iterator[Case]:
     """Features of detector-like boxes, as the service gives them; of crops, as the trainer does."""
-    window, generator = shape.window, torch.Generator().manual_seed(0)
-    device = torch.get_default_device()
+    window, generator = shape.window, _generator(0)
     tokens = _normal((batch, window.num_tokens, shape.channels), generator, dtype)
     for name, num_boxes, size, sides in (
         ("16 boxes to 7x7", 16, (7, 7), (0.05, 0.6)),
         ("3 crops to the grid", CROPS, window.grid, (0.5, 0.7)),
     ):
         extent = sides[0] + (sides[1] - sides[0]) * torch.rand(
-            batch, num_boxes, 2, generator=generator, device="cpu"
+            batch, num_boxes, 2, generator=generator
         )
-        start = torch.rand(batch, num_boxes, 2, generator=generator, device="cpu") * (1 - extent)
-        boxes = torch.cat([start, start + extent], dim=-1).to(device)
+        start = torch.rand(batch, num_boxes, 2, generator=generator) * (1 - extent)
+        boxes = torch.cat([start, start + extent], dim=-1)
         leaf = tokens.clone().requires_grad_()
-        theirs = partial(_by_torchvision, boxes=boxes, window=window, size=size)
+        (h, w) = window.grid
+        rois = boxes * torch.tensor([w, h, w, h])
+        theirs = partial(eager.roi_align, rois_BK4=rois, window=window, output_size=size)
         runs: dict[str, Callable[[Tensor], Tensor]] = {
             OURS: partial(_by_kernel, boxes=boxes, window=window, size=size),
             "torchvision": theirs,
@@ -133,12 +134,6 @@ def _by_kernel(x: Tensor, *, boxes: Tensor, window: TokenWindow, size: tuple[int
     )
 
 
-def _by_torchvision(
-    x: Tensor, *, boxes: Tensor, window: TokenWindow, size: tuple[int, int]
-) -> Tensor:
-    return eager.roi_align(x, boxes.to(_wide(x)), window, size)
-
-
 def _gradient(result: Tensor, leaf: Tensor, upstream: Tensor) -> Tensor:
     return torch.autograd.grad(result, leaf, upstream, retain_graph=True)[0]
 
@@ -162,7 +157,9 @@ def attention_flow_cases(shape: Shape, batch: int, dtype: torch.dtype) -> Iterat
     lse = attention_with_lse(q, k, k).lse_BHQ
     contenders["ours, lse at hand"] = lambda: attention_inflow(q, k, variant="paper", lse_BHN=lse)
     if q.device.type == "cuda":
-        flex = torch.compile(flex_attention)
+        # Each shape compiled for itself: after a few, Dynamo would give up and run it uncompiled.
+        torch._dynamo.reset()
+        flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         contenders["FlexAttention, roles swapped"] = partial(
             attention_inflow_by_flex, q, k, flex=flex
         )
@@ -173,7 +170,7 @@ def attention_flow_cases(shape: Shape, batch: int, dtype: torch.dtype) -> Iterat
         "paper",
         _name(dtype),
         contenders,
-        lambda: eager.attention_inflow(q.double(), k.double()),
+        partial(_flow_in_double, eager.attention_inflow, q, k),
         "eager maps",
         num_bytes,
         2 * products,
@@ -188,7 +185,7 @@ def attention_flow_cases(shape: Shape, batch: int, dtype: torch.dtype) -> Iterat
             OURS: lambda: attention_inflow(q, k, variant="release"),
             "eager maps": lambda: eager.release_inflow(q, k),
         },
-        lambda: eager.release_inflow(q.double(), k.double()),
+        partial(_flow_in_double, eager.release_inflow, q, k),
         "eager maps",
         num_bytes,
         2 * products,
@@ -290,11 +287,27 @@ def attention_cases(shape: Shape, batch: int, dtype: torch.dtype) -> Iterator[Ca
             name,
             _name(dtype),
             {key: run for key, run in contenders.items() if eager.supported(key, run)},
-            partial(eager.attention, q.double(), k.double(), v.double(), window),
+            partial(_attention_in_double, q, k, v, window),
             "SDPA",
             (2 * q.numel() + 2 * q.numel() * num_queries // window.num_tokens) * dtype.itemsize,
             4 * batch * num_queries * window.num_tokens * shape.channels,
         )
+
+
+def _attention_in_double(q: Tensor, k: Tensor, v: Tensor, window: TokenWindow) -> Tensor:
+    """Sample by sample: float64 has no fused attention, and holds all scores of what it does."""
+    return torch.cat(
+        [
+            eager.attention(
+                q[i : i + 1].double(), k[i : i + 1].double(), v[i : i + 1].double(), window
+            )
+            for i in range(len(q))
+        ]
+    )
+
+
+def _flow_in_double(flow: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
+    return torch.cat([flow(q[i : i + 1].double(), k[i : i + 1].double()) for i in range(len(q))])
 
 
 GENERATORS = {
@@ -309,26 +322,24 @@ GENERATORS = {
 def _queries_and_keys(shape: Shape, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Views [B, H, T, D] of one packed projection, as a transformer's block has them."""
     size = (batch, shape.window.num_tokens, 3, shape.heads, shape.head_dim)
-    packed = _normal(size, torch.Generator().manual_seed(0), dtype)
+    packed = _normal(size, _generator(0), dtype)
     return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _unit(batch: int, num_tokens: int, channels: int, dtype: torch.dtype, *, seed: int) -> Tensor:
     """Tokens with a common direction: cosines spread around 0.3, as a backbone's are."""
-    generator = torch.Generator().manual_seed(seed)
-    common = torch.randn(channels, generator=torch.Generator().manual_seed(99), device="cpu")
-    own = torch.randn(batch, num_tokens, channels, generator=generator, device="cpu")
-    device = torch.get_default_device()
-    return F.normalize(own.to(device) + 0.65 * common.to(device), dim=-1).to(dtype)
+    common = torch.randn(channels, generator=_generator(99))
+    own = torch.randn(batch, num_tokens, channels, generator=_generator(seed))
+    return F.normalize(own + 0.65 * common, dim=-1).to(dtype)
 
 
 def _normal(size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    values = torch.randn(size, generator=generator, device="cpu")
-    return values.to(torch.get_default_device(), dtype)
+    return torch.randn(size, generator=generator).to(dtype)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _generator(seed: int) -> torch.Generator:
+    """Of the device that is measured: billions of numbers would take the CPU minutes."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def _name(dtype: torch.dtype) -> str:

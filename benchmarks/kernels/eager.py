@@ -24,16 +24,18 @@ SDPA_BACKENDS: Mapping[str, SDPBackend] = {
 
 
 def roi_align(
-    tokens_BTC: Tensor, boxes_BK4: Tensor, window: TokenWindow, output_size: tuple[int, int]
+    tokens_BTC: Tensor, rois_BK4: Tensor, window: TokenWindow, output_size: tuple[int, int]
 ) -> Tensor:
-    """torchvision's, with the permutes and the float32 copy that it needs."""
+    """torchvision's, with the permutes and the float32 copy that it needs.
+
+    Its boxes are in tokens, not normalised.
+    """
     (h, w), extra = window.grid, 2 * window.border
     canvas = tokens_BTC[:, window.prefix :].reshape(len(tokens_BTC), h + extra, w + extra, -1)
     maps_BChw = canvas[:, window.border :, window.border :][:, :h, :w].permute(0, 3, 1, 2)
     wide = maps_BChw if maps_BChw.dtype == torch.float64 else maps_BChw.float()
-    scale = torch.tensor([w, h, w, h], dtype=boxes_BK4.dtype, device=boxes_BK4.device)
     rois = torchvision.ops.roi_align(
-        wide.contiguous(), list((boxes_BK4 * scale).to(wide.dtype)), output_size, aligned=True
+        wide.contiguous(), list(rois_BK4.to(wide.dtype)), output_size, aligned=True
     )
     result: Tensor = rois.flatten(2).mT.to(tokens_BTC.dtype)
     return result
@@ -71,20 +73,32 @@ def logsumexp_mean(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: TokenWindow) -> Tensor:
-    """All queries, as a block of timm computes them; the caller's part is cut out after."""
-    out_BTHD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return out_BTHD[:, window.kept_index(q.device)]
+    """All queries, packed, as a block of timm computes them; the wanted ones are cut out after."""
+    out_BTHD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+    return _wanted(out_BTHD, window, axis=1)
 
 
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, window: TokenWindow, backend: SDPBackend | None = None
 ) -> Tensor:
-    """The wanted queries gathered first, then SDPA (with one backend, or torch's choice)."""
-    wanted = q[:, :, window.kept_index(q.device)]
+    """The wanted queries cut out first, then SDPA (with one backend, or torch's choice)."""
+    wanted = _wanted(q, window, axis=2)
     if backend is None:
         return F.scaled_dot_product_attention(wanted, k, v).transpose(1, 2).contiguous()
     with sdpa_kernel([backend]):
         return F.scaled_dot_product_attention(wanted, k, v).transpose(1, 2).contiguous()
+
+
+def _wanted(tokens: Tensor, window: TokenWindow, *, axis: int) -> Tensor:
+    """Prefix and image tokens, by slices; without a border the tokens themselves."""
+    if window.border == 0:
+        return tokens
+    (h, w), border = window.grid, window.border
+    prefix = tokens.narrow(axis, 0, window.prefix)
+    canvas = tokens.narrow(axis, window.prefix, tokens.shape[axis] - window.prefix)
+    size = (*canvas.shape[:axis], h + 2 * border, w + 2 * border, *canvas.shape[axis + 1 :])
+    image = canvas.reshape(size).narrow(axis, border, h).narrow(axis + 1, border, w)
+    return torch.cat([prefix, image.flatten(axis, axis + 1)], dim=axis)
 
 
 def supported(name: str, run: Callable[[], object]) -> bool:

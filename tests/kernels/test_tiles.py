@@ -41,11 +41,14 @@ def test_no_row_that_holds_is_an_error():
 
 
 def test_gpus_without_a_table_take_the_default(monkeypatch):
+    tiles.architecture.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     assert tiles.architecture(torch.device("cuda", 0)) == "default"
 
+    tiles.architecture.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     assert tiles.architecture(torch.device("cuda", 0)) == "sm_90"
+    tiles.architecture.cache_clear()
 
 
 def test_every_table_has_the_same_kernels():

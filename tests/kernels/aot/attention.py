@@ -36,6 +36,7 @@ _LAUNCHES = [
     (12, 48, _BASE, torch.bfloat16, True),
     (12, 56, _BASE, torch.bfloat16, True),
     (3, 24, _BASE, torch.bfloat16, False),
+    (1, 72, _BASE, torch.bfloat16, False),
     (3, 72, _BASE, torch.bfloat16, False),
     (16, 104, _ALL_OF_1029, torch.bfloat16, True),
     (16, 112, _ALL_OF_1029, torch.bfloat16, True),

@@ -34,6 +34,7 @@ SHAPES = {
     "EVA-8B/14 448 px, trained": Shape(TokenWindow((32, 32), 0, 1), 4096, [4] * 8, (32, 32)),
     "EVA-8B/14 448 px, served": Shape(TokenWindow((32, 32), 0, 1), 4096, [1, 0, 3], (7, 7)),
     "channels that no 16 divide": Shape(TokenWindow((37, 37), 0, 1), 392, [20], (7, 7)),
+    "an odd number of such tokens": Shape(TokenWindow((35, 33)), 392, [20, 20], (7, 7)),
     "a long grid": Shape(TokenWindow((100, 10)), 768, [2], (3, 5)),
     "a longer grid": Shape(TokenWindow((10, 300)), 768, [2], (3, 5)),
 }

@@ -112,9 +112,18 @@ NUM_COLUMNS = [132, 1024]
 
 
 def training_inputs(num_columns, device, dtype):
+    """Tokens and a level that about half of the pairs lie above: both kinds of pairs count."""
     rows = unit(12, 1024, 1152, seed=0, device=device, dtype=dtype).requires_grad_()
     columns = unit(4, num_columns, 1152, seed=1, device=device, dtype=dtype).requires_grad_()
-    return rows, columns, torch.tensor(0.3, device=device)
+    return rows, columns, torch.tensor(0.08, device=device)
+
+
+def assert_alike(results, expected):
+    """Gradients are small numbers, so the tolerance is a share of the largest; none may be zero."""
+    for result, wanted in zip(results, expected, strict=True):
+        largest = wanted.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(result, wanted, rtol=1e-2, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("num_columns", NUM_COLUMNS)
@@ -123,6 +132,7 @@ def test_it_gives_the_same_bits_every_time(num_columns, cuda):
 
     first = value_and_gradients(lambda r, c, **_: uniformity(r, c, level), rows, columns)
 
+    assert all(result.abs().max() > 0 for result in first)
     for _ in range(20):
         again = value_and_gradients(lambda r, c, **_: uniformity(r, c, level), rows, columns)
         assert all(map(torch.equal, again, first))
@@ -146,11 +156,14 @@ def test_a_captured_graph_replays_it_with_its_backward(form, num_columns, cuda):
     with torch.cuda.graph(graph):
         captured = step()
 
-    level.fill_(0.2)
+    level.fill_(0.06)
+    with torch.no_grad():
+        rows.copy_(rows.roll(1, dims=-1))
+    for result in captured:
+        result.detach().zero_()
     graph.replay()
 
-    for replayed, eager in zip(captured, step(), strict=True):
-        torch.testing.assert_close(replayed, eager)
+    assert_alike(captured, step())
 
 
 @pytest.mark.parametrize("num_columns", NUM_COLUMNS)
@@ -162,8 +175,5 @@ def test_it_compiles_in_one_graph_with_its_backward(num_columns, cuda):
     gradients = torch.autograd.grad(value, (rows, columns))
 
     expected = uniformity(rows, columns, level)
-    torch.testing.assert_close(value, expected)
-    for gradient, eager in zip(
-        gradients, torch.autograd.grad(expected, (rows, columns)), strict=True
-    ):
-        torch.testing.assert_close(gradient, eager)
+    wanted = torch.autograd.grad(expected, (rows, columns))
+    assert_alike((value, *gradients), (expected, *wanted))

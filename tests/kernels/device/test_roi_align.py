@@ -195,15 +195,16 @@ def test_a_compiled_graph_gives_the_same(cuda, are_boxes_on_the_cpu):
 
     def loss(tokens, boxes):
         rois = roi_align(tokens * 2, boxes, grid=(14, 14), output_size=(14, 14), normalize=True)
-        return (rois * rois[..., :1]).sum()
+        return (rois * rois[..., :1]).mean()
 
     eager = loss(tokens, boxes)
     compiled = torch.compile(loss, fullgraph=True)(tokens, boxes)
 
     torch.testing.assert_close(compiled, eager)
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled, tokens), torch.autograd.grad(eager, tokens)
-    )
+    (expected,) = torch.autograd.grad(eager, tokens)
+    (gradient,) = torch.autograd.grad(compiled, tokens)
+    atol = 2e-2 * expected.abs().max().item()
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=atol)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
