@@ -53,6 +53,8 @@ def full_precision(
     def in_full_precision(
         tensor: Tensor, /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return function(tensor, *args, **kwargs)
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args, **kwargs)
 

@@ -87,7 +87,7 @@ def peak_mib(run: Contender, device: torch.device) -> float:
     before = _resident_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run()
-    return (_resident_kib("VmHWM") - before) / 1024
+    return max(0, _resident_kib("VmHWM") - before) / 1024
 
 
 def return_memory_at_once() -> None:
