@@ -31,6 +31,7 @@ help:
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 here: install one, or give it as PYTHON=" >&2; exit 2; }
+	@echo "installing PyTorch and the rest into $(VENV): about 6 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -47,6 +48,7 @@ test: $(INSTALLED) $(OLDEST_TRITON)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
+# The lower end of the range in pyproject.toml: change both together, and OLDEST in tests/kernels/test_aot.py.
 $(OLDEST_TRITON): requirements-oldest-triton.lock | $(INSTALLED)
 	rm -rf $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $@ \

@@ -80,12 +80,25 @@ def use_triton(
     if asked == "triton":
         raise KernelUnavailableError(
             f"{MODE_VARIABLE}=triton, but {operation} cannot run its kernel: {obstacle}; "
-            f"set {MODE_VARIABLE}=auto, or change what is named"
+            f"set {MODE_VARIABLE}=auto, and PyTorch does it"
         )
     # On a GPU one expects the kernel: that it cannot run deserves more than a line in the log.
     level = logging.WARNING if obstacle and tensor.device.type == "cuda" else logging.INFO
     _log_once(operation, "reference", obstacle or str(slower), level)
     return False
+
+
+def check_mode(device: torch.device) -> None:
+    """Refuse at once what `use_triton` would refuse later, whatever the operation is.
+
+    Raises:
+        KernelError: `REFINERY_KERNELS` is mistyped, or asks for kernels that `device` cannot run.
+    """
+    if mode() == "triton" and (obstacle := _obstacle(device, "triton")):
+        raise KernelUnavailableError(
+            f"{MODE_VARIABLE}=triton, but no kernel can run: {obstacle}; "
+            f"set {MODE_VARIABLE}=auto, and PyTorch does it"
+        )
 
 
 def unsupported_dtype(*dtypes: torch.dtype) -> str | None:

@@ -1,7 +1,8 @@
 """Tile sizes of the kernels, from the tables in `configs/`: nothing is tuned while serving.
 
-A table has a list of rows for each kernel. A row is `{"up_to": {fact: limit, ...}, "tiles": {...}}`
-and the first whose limits hold counts; a row without `up_to` always holds.
+A table has a list of rows for each kernel. A row is `{"up_to": {fact: limit, ...}, "tiles": {...},
+"source": where the numbers are from}` and the first whose limits hold counts; a row without `up_to`
+always holds. A list `<operation>_backend` has `"backend": "triton"` or `"sdpa"` in place of tiles.
 """
 
 import functools

@@ -2,7 +2,8 @@
 
 A box is `x0, y0, x1, y1` in pixels of the upright image as it was sent. ROI-align samples it into
 `box_size` x `box_size` vectors, as `torchvision.ops.roi_align` does with `aligned=True`. What lies
-outside of the image counts as zeros, and an empty box gives zeros.
+outside of the image counts as zeros, and an empty box gives zeros; a box turned inside out is
+refused.
 
 Dimension key: K = boxes of an image, R = boxes of a batch, p = box_size, V = K * p * p vectors of
 an image, C = channels, H, W = an image as sent, in pixels.
@@ -163,7 +164,8 @@ def regions_per_image(
     """The regions of each image of a request, given (H, W) of the images; None without boxes.
 
     Raises:
-        InvalidOptionError: a box is further from its image than the image is large.
+        InvalidOptionError: a box is turned inside out, or further from its image than the image
+            is large.
     """
     if boxes is None:
         return [None] * len(originals)
@@ -177,13 +179,21 @@ def _shares(boxes: Sequence[Box], original: tuple[int, int], *, index: int) -> T
     height, width = original
     sides = torch.tensor([width, height, width, height], dtype=torch.float64)
     shares_K4 = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) / sides
+    is_turned_K = (shares_K4[:, 2:] < shares_K4[:, :2]).any(dim=-1)
+    if bool(is_turned_K.any()):
+        number = int(is_turned_K.nonzero()[0])
+        raise InvalidOptionError(
+            f"box {number} of image {index} is {list(boxes[number])}: its second corner lies "
+            "before its first; give x0, y0, x1, y1 (not x, y, width, height)",
+            index=index,
+        )
     is_far_K = ((shares_K4 < -_MAX_OVERHANG) | (shares_K4 > 1 + _MAX_OVERHANG)).any(dim=-1)
     if bool(is_far_K.any()):
         number = int(is_far_K.nonzero()[0])
         raise InvalidOptionError(
-            f"box {number} of image {index} is {list(boxes[number])}, further outside than the "
-            f"image's own {width}x{height} px (width x height); give x0, y0, x1, y1 in pixels of "
-            "the image as sent",
+            f"box {number} of image {index} is {list(boxes[number])}: it reaches further beyond "
+            f"the image than the image is wide or high ({width}x{height} px); give x0, y0, x1, y1 "
+            "in pixels of the upright image, before any resizing",
             index=index,
         )
     return shares_K4.float()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from backbone import DenseEncoder, DenseFeatures
+from backbone.errors import RefineryError
+from kernels.dispatch import KernelError
 from service.batcher import Batcher, EncodedImage, QueuedImage
 from service.boxes import align
 from service.errors import EncodingFailedError, NotReadyError
@@ -78,6 +80,9 @@ class Engine:
             self._on_ready()
             while batch := self._batcher.next_batch():
                 self._answer_or_fail(batch)
+        except (RefineryError, KernelError) as error:  # what the user can act on is told in words
+            logger.error("the engine stopped: %s", error)
+            self._on_failure(error)
         except Exception as error:  # whoever waits must hear of it, whatever it is
             logger.exception("the engine stopped")
             self._on_failure(error)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests.support import ROOT, running_server
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+FLAGS = re.MULTILINE | re.DOTALL
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=FLAGS)
 SERVER = "http://127.0.0.1:8000"
 
 
@@ -65,6 +66,13 @@ def test_both_commands_are_make_targets():
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_prints_what_is_shown(code, checkout, server):
     assert run_python(code.replace(SERVER, server), checkout) == shown_output(code)
+
+
+def test_the_kernels_example_prints_what_is_shown(checkout):
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    code, output = re.search(r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```$", text, FLAGS).groups()
+
+    assert run_python(code, checkout) == output
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl: not run")

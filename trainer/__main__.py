@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from backbone.errors import RefineryError
-from kernels.dispatch import KernelError, mode
+from kernels.dispatch import KernelError, check_mode
 from trainer.errors import TrainerError
 from trainer.loop import Interrupted, StopRequest
 from trainer.recipe_file import load_recipe, recipe_names
@@ -55,13 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.images is None or options.output is None:
             parser.error("--images and --output are needed")
-        mode()  # a mistyped REFINERY_KERNELS is told before anything is loaded
+        device = _device(options.device)
+        check_mode(
+            device
+        )  # what REFINERY_KERNELS asks for in vain is told before anything is loaded
         with StopRequest() as stop:
             summary = refine(
                 recipe,
                 options.images,
                 options.output,
-                device=_device(options.device),
+                device=device,
                 stop=stop,
                 console=console,
                 resume=options.resume,
@@ -154,7 +157,7 @@ def _set_up_logging(console: Console) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in ("trainer", "backbone"):
+    for name in ("trainer", "backbone", "kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
 

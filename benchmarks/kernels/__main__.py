@@ -26,6 +26,7 @@ from benchmarks.kernels.measure import (
     time_all,
 )
 from benchmarks.kernels.table import Row, plot, to_markdown, write_csv
+from kernels.dispatch import KernelError, check_mode
 
 logger = logging.getLogger("benchmarks.kernels")
 
@@ -75,8 +76,19 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     has_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if has_gpu else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--operations", nargs="+", default=list(GENERATORS), choices=GENERATORS)
+    parser.add_argument(
+        "--device",
+        default="cuda" if has_gpu else "cpu",
+        choices=["cuda", "cpu"],
+        help="cuda: the kernels; cpu: their PyTorch references (default: cuda where there is one)",
+    )
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        default=list(GENERATORS),
+        choices=GENERATORS,
+        help="what to time (default: all)",
+    )
     parser.add_argument(
         "--batches", nargs="+", type=int, help="images (default: 1 8 64 on a GPU, 1 on a CPU)"
     )
@@ -85,11 +97,22 @@ def _parse() -> argparse.Namespace:
         nargs="+",
         default=[shape.name for shape in SHAPES],
         choices=[shape.name for shape in SHAPES],
+        help="backbones and sizes (default: all)",
     )
-    parser.add_argument("--output", type=Path, default=Path("build/kernels"), metavar="FOLDER")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/kernels"),
+        metavar="FOLDER",
+        help="where the table and the plot go (default: build/kernels)",
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not has_gpu:
         parser.error("--device is cuda, but there is no CUDA device here")
+    try:
+        check_mode(torch.device(arguments.device))
+    except KernelError as error:
+        parser.error(str(error))
     return arguments
 
 

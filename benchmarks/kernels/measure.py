@@ -128,6 +128,7 @@ def environment(device: torch.device) -> dict[str, str]:
         name = str(torch.cpu.get_capabilities().get("cpu_name", name))
     return {
         "device": name,
+        "ours": "Triton kernels" if device.type == "cuda" else "PyTorch references (no GPU)",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -112,3 +112,12 @@ def test_a_kernel_that_cannot_run_on_a_gpu_is_a_warning(caplog, hopper):
         dispatch.use_triton("op", hopper(), unsupported="float64 tensors")
 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_kernels_that_cannot_run_are_told_before_the_work(monkeypatch):
+    dispatch.check_mode(CPU.device)
+
+    dispatch.mode.cache_clear()
+    monkeypatch.setenv(dispatch.MODE_VARIABLE, "triton")
+    with pytest.raises(dispatch.KernelUnavailableError, match="no kernel can run: the tensors are"):
+        dispatch.check_mode(CPU.device)

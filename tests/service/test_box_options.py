@@ -55,8 +55,9 @@ def test_an_image_may_have_no_boxes(client, boxes):
         ({"a": 1}, "option 'boxes' is {...}; wanted: a list"),
         (7, "option 'boxes' is 7"),
         ([[[1, 2, 3, 4]], [[1, 2, 3, 4]]], "lists of boxes: 2, images: 1"),
-        ([[0, 0, 10, 500]], "box 0 of image 0 is [0.0, 0.0, 10.0, 500.0], further outside"),
+        ([[0, 0, 10, 500]], "box 0 of image 0 is [0.0, 0.0, 10.0, 500.0]: it reaches further"),
         ([[0, 0, 1, 1], [-1e30, 0, 1, 1]], "box 1 of image 0"),
+        ([[40, 20, 6, 30]], "give x0, y0, x1, y1 (not x, y, width, height)"),
     ],
 )
 def test_impossible_boxes_are_refused_and_named(client, boxes, message):

@@ -93,12 +93,12 @@ def test_images_of_several_sizes_keep_their_boxes(client):
 
 
 def test_an_empty_box_and_one_outside_give_zeros(client):
-    boxes = [[10, 10, 10, 10], [30, 30, 20, 20], [130, 10, 150, 30], [0, 0, 40, 40]]
+    boxes = [[10, 10, 10, 10], [130, 10, 150, 30], [0, 0, 40, 40]]
 
     rois = load(post(client, boxes=query_of(boxes), normalize="true").content)["features.0"]
 
-    assert not rois[:3].any()
-    np.testing.assert_allclose(np.linalg.norm(rois[3].astype(np.float32)), 1, rtol=1e-3)
+    assert not rois[:2].any()
+    np.testing.assert_allclose(np.linalg.norm(rois[2].astype(np.float32)), 1, rtol=1e-3)
 
 
 def test_normalised_boxes_have_unit_length_in_every_cell(client):
