@@ -50,7 +50,8 @@ def to_markdown(
         "",
         f"{where}. Memory is what a call holds at most beyond its inputs; on a CPU less than 1 MiB "
         "is not seen. Ceilings measured in the same run: "
-        f"copy {ceilings.copy_gb_per_second:.0f} GB/s, matrix product {ceilings.matmul_tflops:.3g} TFLOP/s.",
+        f"copy {ceilings.copy_gb_per_second:.0f} GB/s, "
+        f"matrix product {ceilings.matmul_tflops:.3g} TFLOP/s.",
         "",
         "| operation | shape | batch | mode | dtype | ours, ms | ours, MiB "
         "| others over ours: time, memory |",
