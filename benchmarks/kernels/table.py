@@ -99,7 +99,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(operation, loc="left", fontsize=10)
         axis.set_xlabel("time / ours")
         axis.tick_params(labelsize=7)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=72)
     pyplot.close(figure)
 
 
