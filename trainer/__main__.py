@@ -37,6 +37,8 @@ examples:
   python -m trainer --images photos --output runs/siglip --resume
 
 The artifact is OUTPUT/refined: serve it with python -m service --model OUTPUT/refined.
+REFINERY_KERNELS=auto, triton or reference says what computes filters and losses (default: Triton
+kernels on a CUDA device, PyTorch elsewhere).
 Exit codes: 0 done; 2 a mistake that the message names; 75 stopped by SIGTERM, 130 by Ctrl-C, with
 a checkpoint written (go on with --resume).
 """
@@ -56,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.images is None or options.output is None:
             parser.error("--images and --output are needed")
         device = _device(options.device)
-        check_mode(
-            device
-        )  # what REFINERY_KERNELS asks for in vain is told before anything is loaded
+        check_mode(device)  # what cannot run is told before anything is loaded
         with StopRequest() as stop:
             summary = refine(
                 recipe,
