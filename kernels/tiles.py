@@ -7,10 +7,13 @@ always holds. A list `<operation>_backend` has `"backend": "triton"` or `"sdpa"`
 
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "configs"
 _FALLBACK = "default"
@@ -51,7 +54,10 @@ def architecture(device: torch.device) -> str:
         return "sm_90"
     major, minor = torch.cuda.get_device_capability(device)
     name = f"sm_{major}{minor}"
-    return name if (_FOLDER / f"{name}.json").is_file() else _FALLBACK
+    if (_FOLDER / f"{name}.json").is_file():
+        return name
+    logger.warning("there is no table of tiles for %s: kernels take %s.json", name, _FALLBACK)
+    return _FALLBACK
 
 
 @functools.cache

@@ -40,10 +40,11 @@ def test_no_row_that_holds_is_an_error():
         tiles.tiles("narrow", CPU, head_dim=72, bytes=2)
 
 
-def test_gpus_without_a_table_take_the_default(monkeypatch):
+def test_gpus_without_a_table_take_the_default_and_say_so(monkeypatch, caplog):
     tiles.architecture.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     assert tiles.architecture(torch.device("cuda", 0)) == "default"
+    assert "no table of tiles for sm_86" in caplog.text
 
     tiles.architecture.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
