@@ -52,8 +52,9 @@ class FeatureOptions(BaseModel):
         description="answer with features of boxes (ROI-align) instead of the patch grid: for "
         "each image a list of `[x0, y0, x1, y1]` in pixels of the image as sent and upright. For "
         "one image also a flat list of boxes; as query parameter `x0,y0,x1,y1`, several in one or "
-        "repeated, or JSON. What lies outside of the image counts as zeros; a box may reach beyond "
-        "it as far as the image is large",
+        "repeated, or JSON. What lies outside of the image counts as zeros, and an empty box gives "
+        "zeros; a box may reach beyond the image as far as that is large; one turned inside out is "
+        "refused",
     )
     box_size: Annotated[int, Field(ge=1, le=MAX_BOX_SIZE)] = Field(
         1, description="vectors of a box on each side; 1: one vector for each box"
