@@ -4,6 +4,8 @@ encoder = open_model("models/demo")
 features, = encoder.encode(images)       # uint8 [B, 3, h, w] -> clean tokens, border stripped
 """
 
+import hashlib
+import json
 import logging
 import time
 from collections import OrderedDict
@@ -77,6 +79,23 @@ class DenseEncoder:
     def patch_size(self) -> int:
         return self.backbone.patch_size
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the features of given pixels, versions of libraries apart."""
+        border = self._learned_border.state_dict() if self._learned_border else {}
+        parts = {
+            "backbone": self.backbone.name,
+            "digest": self.digest,
+            "border": self.border.model_dump() if self.border else None,
+            "learned_border": weights_digest(border),
+            "mean": self.backbone.mean,
+            "std": self.backbone.std,
+            "dense_norm": self.backbone.dense_norm,
+            "precision": self.precision,
+            "device": self.device.type,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def register_width(self, height: int, width: int, asked: int | None = None) -> int:
         """Border width in patches of an image of `height` x `width` pixels; 0 without a border.
 
@@ -130,20 +149,39 @@ class DenseEncoder:
         """
         height, image_width = images_B3hw.shape[-2:]
         width = self.register_width(height, image_width, register_width)
-        grid = self.backbone.grid(height, image_width)
+        canvas_B3HW = self.canvas(images_B3hw, width)
+        return self.encode_canvas(canvas_B3HW, width, layers=layers, registers=registers)
+
+    def canvas(self, images_B3hw: Tensor, width: int) -> Tensor:
+        """Normalised pixels of uint8 images with a border of `width` patches around each."""
         pixels = normalize(
             images_B3hw.to(self.device),
             mean=self.backbone.mean,
             std=self.backbone.std,
             dtype=self.dtype,
         )
-        if width:
-            border = self._border((height, image_width), width)
-            pixels = surround(pixels, border, width=width, patch_size=self.patch_size)
+        if not width:
+            return pixels
+        height, image_width = images_B3hw.shape[-2:]
+        border = self._border((height, image_width), width)
+        return surround(pixels, border, width=width, patch_size=self.patch_size)
+
+    @torch.inference_mode()
+    def encode_canvas(
+        self,
+        canvas_B3HW: Tensor,
+        width: int,
+        *,
+        layers: Sequence[int] = (-1,),
+        registers: bool = False,
+    ) -> list[DenseFeatures]:
+        """The part of `encode` after `canvas`: kernels only, so that CUDA graphs can hold it."""
+        rows, columns = self.backbone.grid(*canvas_B3HW.shape[-2:])
+        grid = (rows - 2 * width, columns - 2 * width)
         if self._is_served:
-            encoded = self._served_layers(pixels, layers, border=0 if registers else width)
+            encoded = self._served_layers(canvas_B3HW, layers, border=0 if registers else width)
         else:
-            encoded = self.backbone.encode_layers(pixels, layers)
+            encoded = self.backbone.encode_layers(canvas_B3HW, layers)
         return [_stripped(features, grid, width, registers=registers) for features in encoded]
 
     def _served_layers(

@@ -12,17 +12,24 @@ pixel is at 0.5.
 Dimension key: B = images, H, W = height and width in pixels, h, w = the same after resizing.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from backbone.decoders import (
+    DECODER_VERSION,
+    DEFAULT_MAX_PIXELS,
+    ImageHeader,
+    decode_image,
+    decode_jpegs_on_device,
+    read_image_header,
+    suits_nvjpeg,
+    supported_formats,
+)
 from backbone.errors import (
     ImageSizeError,
     ImageTooLargeError,
@@ -30,81 +37,27 @@ from backbone.errors import (
     UnsupportedImageError,
 )
 
-# Pillow opens some 40 formats; each is a parser for hostile bytes. These are the ones that
-# photographs come in.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (
-    ("AVIF",) if features.check("avif") else ()
-)
-_DEFAULT_MAX_PIXELS = 40_000_000
+__all__ = [
+    "DECODER_VERSION",
+    "ImageHeader",
+    "Interpolation",
+    "can_resize_on_cuda",
+    "decode_image",
+    "decode_jpegs_on_device",
+    "load_image",
+    "normalize",
+    "patch_affine",
+    "read_image_header",
+    "resize_image",
+    "resolve_size",
+    "suits_nvjpeg",
+    "supported_formats",
+]
 
 Interpolation = Literal["bicubic", "bilinear"]
 
 
-class ImageHeader(NamedTuple):
-    """What the header of an image file says, before anything is decoded."""
-
-    format: str
-    width: int  # px, as stored: before the EXIF orientation is applied
-    height: int  # px
-    mode: str
-
-
-def supported_formats() -> tuple[str, ...]:
-    """Names of the image formats that `decode_image` reads."""
-    return _FORMATS
-
-
-def read_image_header(data: bytes, *, max_pixels: int = _DEFAULT_MAX_PIXELS) -> ImageHeader:
-    """Read an image's format and size without decoding its pixels.
-
-    Raises:
-        UnsupportedImageError: no supported format recognises the bytes.
-        UndecodableImageError: the header itself is broken.
-        ImageTooLargeError: the header declares more than `max_pixels`.
-    """
-    with _open(data, max_pixels) as image:
-        return ImageHeader(image.format or "?", image.width, image.height, image.mode)
-
-
-def decode_image(data: bytes, *, max_pixels: int = _DEFAULT_MAX_PIXELS) -> Tensor:
-    """Decode an image file to upright RGB.
-
-    EXIF orientation is applied. Of an animation the first frame is taken. Grey, palette, CMYK
-    and 16-bit images become 8-bit RGB (16-bit samples are divided by 257); transparent pixels
-    are laid over white. Embedded colour profiles are not applied.
-
-    Args:
-        data: The whole file.
-        max_pixels: Largest number of pixels that the header may declare.
-
-    Returns:
-        uint8 [3, H, W], channels-last in memory.
-
-    Raises:
-        UnsupportedImageError, UndecodableImageError, ImageTooLargeError: see `backbone.errors`.
-    """
-    with _open(data, max_pixels) as image:
-        try:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright)
-        except UnsupportedImageError:
-            raise
-        except MemoryError as error:
-            raise ImageTooLargeError(
-                f"the {image.width}x{image.height} px {image.format} image needs more memory "
-                "than there is; send a smaller one"
-            ) from error
-        except Exception as error:  # a damaged file makes Pillow's parsers raise anything
-            raise UndecodableImageError(
-                f"the {image.format} data are damaged or incomplete ({_reason(error)}); "
-                "save the image again"
-            ) from error
-    array = np.array(rgb)  # a copy that is writable, as torch wants it
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def load_image(path: str | Path, *, max_pixels: int = _DEFAULT_MAX_PIXELS) -> Tensor:
+def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
     """`decode_image` of a file; the errors name the path.
 
     Raises:
@@ -161,12 +114,31 @@ def resolve_size(
 def resize_image(
     pixels_3HW: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic"
 ) -> Tensor:
-    """Resize one uint8 image with antialiasing; the image itself when the size is already right."""
-    if tuple(pixels_3HW.shape[-2:]) == tuple(size):
+    """Resize uint8 pixels with antialiasing; the very tensor when the size is already right.
+
+    Args:
+        pixels_3HW: uint8 [3, H, W], or several of a size as [B, 3, H, W], on any device. CUDA
+            rounds differently: its pixels are within one level of a CPU's.
+        size: `(h, w)` in pixels.
+        interpolation: Filter.
+    """
+    height, width = pixels_3HW.shape[-2:]
+    if (height, width) == tuple(size):
         return pixels_3HW
+    if pixels_3HW.is_cuda and not can_resize_on_cuda((height, width), size):
+        return resize_image(pixels_3HW.cpu(), size, interpolation).to(pixels_3HW.device)
     mode = transforms.InterpolationMode(interpolation)
     resized: Tensor = transforms.resize(pixels_3HW, list(size), interpolation=mode, antialias=True)
     return resized
+
+
+def can_resize_on_cuda(original: tuple[int, int], resized: tuple[int, int]) -> bool:
+    """Whether torch's antialiasing CUDA kernel takes a resize; if not, it is done on the CPU.
+
+    The kernel keeps its filter in shared memory, 48 KiB, which a bicubic one of more than ten
+    times downscaling does not fit.
+    """
+    return all(old <= 8 * new for old, new in zip(original, resized, strict=True))
 
 
 def normalize(
@@ -200,58 +172,3 @@ def patch_affine(
     """
     (height, width), (h, w) = original, resized
     return [[w / width / patch_size, 0.0, 0.0], [0.0, h / height / patch_size, 0.0]]
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        raise UnsupportedImageError(
-            f"{len(data)} bytes that no supported format recognises; "
-            f"send one of {', '.join(_FORMATS)}"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(
-            f"the image declares more pixels than the {max_pixels} allowed; send a smaller one"
-        ) from error
-    except Exception as error:  # a damaged header makes Pillow's parsers raise anything
-        raise UndecodableImageError(
-            f"the image's header is damaged ({_reason(error)}); save the image again"
-        ) from error
-    if image.width < 1 or image.height < 1:
-        raise UndecodableImageError(f"the image is {image.width}x{image.height} px: it is empty")
-    if image.width * image.height > max_pixels:
-        raise ImageTooLargeError(
-            f"the image is {image.width}x{image.height} px, {image.width * image.height} pixels; "
-            f"{max_pixels} are allowed: send a smaller one"
-        )
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.uint32)
-        return Image.fromarray((samples // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":
-        # Pillow's 32-bit mode also carries 16-bit greys; anything beyond has no agreed white.
-        wide = np.asarray(image)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise UnsupportedImageError(
-                "32-bit integer samples are not supported; send 8 or 16 bit"
-            )
-        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
-    if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"):
-        raise UnsupportedImageError(
-            f"colour mode {image.mode} is not supported; send grey, RGB, CMYK or palette images"
-        )
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        with_alpha = image.convert("RGBA")
-        white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, with_alpha).convert("RGB")
-    return image.convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200]

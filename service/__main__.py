@@ -5,7 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from service.settings import Settings, SettingsError, parse_arguments
+from service import logs
+from service.command_line import parse_arguments
+from service.settings import Settings, SettingsError
 
 logger = logging.getLogger("service")
 
@@ -22,13 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if invocation.print_config:
         sys.stdout.write(invocation.settings.model_dump_json(indent=2) + "\n")
         return 0
-    logging.basicConfig(
-        level=invocation.settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.captureWarnings(True)  # odd images make Pillow warn
-    return _serve(invocation.settings)
+    settings = invocation.settings
+    logs.configure(settings.log_level, settings.log_format)
+    return _serve(settings)
 
 
 def _serve(settings: Settings) -> int:
@@ -43,23 +41,35 @@ def _serve(settings: Settings) -> int:
 
     try:
         mode()
-    except KernelError as error:  # REFINERY_KERNELS, which is not the service's own
-        sys.stderr.write(f"error: {error}\n")
-        return _USAGE_STATUS
-    app = create_app(settings)
+        app = create_app(settings)
+    except (KernelError, SettingsError) as error:  # REFINERY_KERNELS is not the service's own
+        return _refuse(error, settings)
     server = DrainingServer(app, settings)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's, who has logged why it cannot listen
+        server.exit_status = _USAGE_STATUS
+    if app.state.tracer is not None:
+        app.state.tracer.close()
     service = app.state.service
     status = server.exit_status
     if isinstance(service.failure, RefineryError | SettingsError | KernelError):
-        sys.stderr.write(f"error: {service.failure}\n")
-        status = _USAGE_STATUS
+        status = _refuse(service.failure, settings)
     if any(engine.is_alive for engine in service.engines):
         # The interpreter would be torn down under a thread that is inside torch, and abort.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _refuse(error: Exception, settings: Settings) -> int:
+    """Say why the service cannot run, in the form of its other lines; the exit status."""
+    if settings.log_format == "json":
+        logger.critical("%s", error)
+    else:
+        sys.stderr.write(f"error: {error}\n")
+    return _USAGE_STATUS
 
 
 if __name__ == "__main__":

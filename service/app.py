@@ -2,24 +2,21 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
-from typing import get_args
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from backbone.preprocess import supported_formats
-from service import errors, features, schemas, wire
-from service.bodies import REQUEST_TYPES
-from service.boxes import MAX_BOX_SIZE
+from service import admin, errors, features, schemas
 from service.features import ServiceDep
 from service.hints import nearest
-from service.lifecycle import FeatureService, OpenEncoder
+from service.information import describe, project_version
+from service.lifecycle import FeatureService
 from service.middleware import RequestMiddleware, error_response
+from service.models import OpenEncoder
 from service.settings import Settings
+from service.web import routes as web
 
-_VERSIONS = ("torch", "torchvision", "timm", "pillow", "safetensors", "fastapi")
 _DESCRIPTION = """Dense features of images from a refined vision transformer.
 
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o features.safetensors \\
@@ -34,7 +31,10 @@ def create_app(settings: Settings, open_encoder: OpenEncoder | None = None) -> F
 
     Args:
         settings: What the operator chose.
-        open_encoder: Loads the model for a device; default what the settings name.
+        open_encoder: Loads a model for a device; default what the settings say.
+
+    Raises:
+        SettingsError: the cache or the key file cannot be used as configured.
     """
     service = FeatureService(settings, open_encoder)
 
@@ -42,30 +42,26 @@ def create_app(settings: Settings, open_encoder: OpenEncoder | None = None) -> F
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        service.stop()
+        await service.stop()
 
     app = FastAPI(
         title="vit-refinery",
         version=project_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     app.add_middleware(RequestMiddleware, service=service)
     app.add_exception_handler(errors.ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.include_router(features.router)
+    app.include_router(admin.router)
+    app.include_router(web.router)
     _add_probes(app)
-    _add_information(app)
+    _add_information(app, with_metrics=settings.metrics_port is None)
     return app
-
-
-def project_version() -> str:
-    """Version of the installed project; a checkout that is not installed says so."""
-    try:
-        return metadata.version("vit-refinery")
-    except metadata.PackageNotFoundError:
-        return "0+checkout"
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -117,64 +113,24 @@ def _add_probes(app: FastAPI) -> None:
     app.get("/startupz", responses=failed, tags=["probes"])(startupz)
 
 
-def _add_information(app: FastAPI) -> None:
-    @app.get("/info", responses=errors.responses(errors.NotReadyError), tags=["information"])
+def _add_information(app: FastAPI, *, with_metrics: bool) -> None:
+    keyed = errors.responses(errors.UnauthorizedError, errors.NotReadyError)
+
+    @app.get("/info", responses=keyed, tags=["information"])
     async def info(service: ServiceDep) -> schemas.Info:
-        """The model, the limits, and what may be asked for."""
+        """The models, the limits, and what may be asked for."""
         return describe(service)
 
-    @app.get("/metrics", response_class=Response, tags=["information"])
+    if not with_metrics:
+        return
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses=errors.responses(errors.UnauthorizedError),
+        tags=["information"],
+    )
     async def metrics(service: ServiceDep) -> Response:
         """Metrics in Prometheus' text format."""
+        service.refresh_gauges()
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
-
-
-def describe(service: FeatureService) -> schemas.Info:
-    """What `/info` says.
-
-    Raises:
-        NotReadyError: the model is not loaded and warmed up yet.
-    """
-    encoder, warm_up = service.encoder, service.engines[0].warm_up
-    if warm_up is None:
-        raise errors.NotReadyError("the model is being warmed up; retry in a moment")
-    settings = service.settings
-    return schemas.Info(
-        version=project_version(),
-        model=schemas.ModelInfo(
-            name=settings.model,
-            backbone=encoder.backbone.name,
-            digest=encoder.digest,
-            is_refined=encoder.manifest is not None,
-            patch_size=encoder.patch_size,
-            embed_dim=encoder.backbone.embed_dim,
-            num_layers=encoder.backbone.depth,
-            native_size=encoder.native_size,
-            register_width=encoder.register_width(*encoder.native_size),
-            precision=encoder.precision,
-            devices=[str(engine.encoder.device) for engine in service.engines if engine.encoder],
-        ),
-        limits=schemas.LimitsInfo(
-            max_body_bytes=settings.max_body_bytes,
-            max_images=settings.max_images,
-            max_image_pixels=settings.max_image_pixels,
-            max_image_tokens=settings.max_image_tokens,
-            max_image_boxes=settings.max_image_boxes,
-            max_box_vectors=settings.max_box_vectors,
-            max_box_size=MAX_BOX_SIZE,
-            batch_tokens=settings.batch_tokens,
-            max_json_values=wire.MAX_JSON_VALUES,
-        ),
-        image_formats=list(supported_formats()),
-        request_types=list(REQUEST_TYPES),
-        response_types=list(wire.MEDIA_TYPES),
-        dtypes=list(get_args(schemas.Dtype)),
-        layouts=list(get_args(schemas.Layout)),
-        tolerance=schemas.Tolerance(
-            max_relative_error=warm_up.max_relative_error,
-            min_cosine=warm_up.min_cosine,
-            measured_relative_error=warm_up.measured_relative_error,
-            measured_cosine=warm_up.measured_cosine,
-        ),
-        versions={name: metadata.version(name) for name in _VERSIONS},
-    )

@@ -1,13 +1,14 @@
 """The queue between requests and engines.
 
 There is no wait timer: an engine that is free takes what has gathered while it worked, so batches
-are small when the service is idle and grow with the load. A batch holds images of one size and
-one choice of layers, all of them with boxes of one kind or none, in order of arrival, up to a
-budget of tokens and one of vectors of boxes; the oldest image always goes first, so nothing
-starves.
+are small when the service is idle and grow with the load. A batch holds images of one group (one
+model, size and choice of layers, all of them with boxes of one kind or none), in order of arrival,
+up to a budget of tokens and one of vectors of boxes. The group whose first image has waited
+longest goes first, so nothing starves, and every waiting image of that group may join it: the
+window that is sorted by size is the whole queue, which admission bounds.
 
-Dimension key: h, w = image in pixels, V = feature vectors that an image is answered with: its patch
-tokens, or those of its boxes, C = channels.
+Dimension key: h, w = image in pixels, V = feature vectors of an image's boxes, N = patch tokens,
+P = prefix tokens, R = register tokens, C = channels.
 """
 
 import threading
@@ -21,39 +22,62 @@ from torch import Tensor
 
 from service.boxes import Regions
 from service.metrics import Metrics
+from service.models import ServedModel
+
+
+class EncodedLayer(NamedTuple):
+    """What one layer of the model says about one image, on the CPU in the model's precision."""
+
+    tokens_NC: Tensor | None  # None: nobody wants them, only boxes
+    prefix_PC: Tensor
+    registers_RC: Tensor | None  # None: not asked for, as is the next one
+    spurious_N2: Tensor | None  # float32
+    boxes_VC: Tensor | None  # of the image's regions; float32 if they are normalised
 
 
 class EncodedImage(NamedTuple):
-    """Features of one image, or of its boxes if it has some, and what they took."""
+    """Features of one image, and what they took."""
 
-    vectors_VC: list[Tensor]  # one per layer, on the CPU, in the model's precision
+    layers: tuple[EncodedLayer, ...]
     grid: tuple[int, int]
     queue_seconds: float
     forward_seconds: float  # of the whole batch
-    batch_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingPlan:
+    """What the model is asked for; images that ask for the same can share a batch."""
+
+    model: ServedModel
+    size: tuple[int, int]  # (h, w) px
+    layers: tuple[int, ...]
+    register_width: int
+    registers: bool = False
+    spurious: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class QueuedImage:
     """An image that waits for its features."""
 
-    pixels_3hw: Tensor
-    layers: tuple[int, ...]
+    pixels_3HW: Tensor | bytes  # uint8, of any size; or a JPEG that the device decodes
+    plan: EncodingPlan
     num_tokens: int
-    regions: Regions | None = None  # None: the whole image is wanted
+    regions: Regions | None = None  # boxes to cut out on the device
+    wants_tokens: bool = True
     future: Future[EncodedImage] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
 
     @property
     def num_box_vectors(self) -> int:
         """Feature vectors that its boxes ask for, in all layers."""
-        return self.regions.num_vectors * len(self.layers) if self.regions else 0
+        return self.regions.num_vectors * len(self.plan.layers) if self.regions else 0
 
     @property
     def group(self) -> tuple[object, ...]:
         """Images of one group can share a batch."""
         kind = (self.regions.box_size, self.regions.normalize) if self.regions else None
-        return tuple(self.pixels_3hw.shape), self.layers, kind
+        return self.plan, kind
 
 
 class BatcherClosedError(Exception):
@@ -72,10 +96,15 @@ class Batcher:
         self.batch_tokens = batch_tokens
         self.batch_box_vectors = batch_box_vectors
         self._metrics = metrics
-        self._queue: deque[QueuedImage] = deque()
-        self._queued_tokens = 0
+        self._groups: dict[tuple[object, ...], deque[QueuedImage]] = {}
+        self._num_images = 0
+        self._num_tokens = 0
         self._changed = threading.Condition()
         self._is_closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
 
     def submit(self, image: QueuedImage) -> Future[EncodedImage]:
         """Queue an image. Cancelling the future takes it out again, if no engine has begun on it.
@@ -88,19 +117,25 @@ class Batcher:
         with self._changed:
             if self._is_closed:
                 raise BatcherClosedError
-            self._queue.append(image)
-            self._count(image.num_tokens)
+            self._groups.setdefault(image.group, deque()).append(image)
+            self._count(1, image.num_tokens)
             self._changed.notify()
         return image.future
 
-    def next_batch(self) -> list[QueuedImage] | None:
-        """Wait for images and take a batch of them; None when the batcher is closed and empty."""
+    def next_batch(self, *, wait: bool = True) -> list[QueuedImage] | None:
+        """Take a batch of images, after waiting for some if need be.
+
+        Returns:
+            None when the batcher is closed and empty, and without `wait` when it is empty.
+        """
         with self._changed:
             while True:
                 batch = self._take()
                 if batch:
+                    self._metrics.batch_images.observe(len(batch))
+                    self._metrics.batch_tokens.observe(sum(image.num_tokens for image in batch))
                     return batch
-                if self._is_closed:
+                if self._is_closed or not wait:
                     return None
                 self._changed.wait()
 
@@ -113,39 +148,47 @@ class Batcher:
     def fail_waiting(self, error: Exception) -> None:
         """Answer everything that waits with `error`."""
         with self._changed:
-            waiting, self._queue = self._queue, deque()
-            self._count(-self._queued_tokens)
+            waiting = [image for images in self._groups.values() for image in images]
+            self._groups.clear()
+            self._count(-self._num_images, -self._num_tokens)
         for image in waiting:
             if image.future.set_running_or_notify_cancel():
                 image.future.set_exception(error)
 
     def _take(self) -> list[QueuedImage]:
+        """A batch; empty only when nothing waits."""
         batch: list[QueuedImage] = []
-        left_over: deque[QueuedImage] = deque()
+        while self._groups and not batch:
+            group = min(self._groups, key=lambda group: self._groups[group][0].queued_at)
+            batch = self._take_from(self._groups[group])
+            if not self._groups[group]:
+                del self._groups[group]
+        return batch
+
+    def _take_from(self, waiting: deque[QueuedImage]) -> list[QueuedImage]:
+        batch: list[QueuedImage] = []
         tokens = box_vectors = 0
-        group = None
-        while self._queue:
-            image = self._queue.popleft()
-            if group is not None and (
-                image.group != group
-                or tokens + image.num_tokens > self.batch_tokens
+        while waiting:
+            image = waiting[0]
+            if (
+                tokens + image.num_tokens > self.batch_tokens
                 or box_vectors + image.num_box_vectors > self.batch_box_vectors
             ):
-                left_over.append(image)
-                continue
-            self._count(-image.num_tokens)
+                break
+            waiting.popleft()
+            self._count(-1, -image.num_tokens)
             if not image.future.set_running_or_notify_cancel():
-                # A client that hung up cancelled its future: its image must not cost a place.
+                # A client that hung up, or whose deadline passed, cancelled its future: its image
+                # must not cost a place.
                 self._metrics.cancelled_images.inc()
                 continue
-            group = image.group
             tokens += image.num_tokens
             box_vectors += image.num_box_vectors
             batch.append(image)
-        self._queue = left_over
         return batch
 
-    def _count(self, num_tokens: int) -> None:
-        self._queued_tokens += num_tokens
-        self._metrics.queue_tokens.set(self._queued_tokens)
-        self._metrics.queue_images.set(len(self._queue))
+    def _count(self, num_images: int, num_tokens: int) -> None:
+        self._num_images += num_images
+        self._num_tokens += num_tokens
+        self._metrics.queue_images.set(self._num_images)
+        self._metrics.queue_tokens.set(self._num_tokens)

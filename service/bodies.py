@@ -1,10 +1,11 @@
 """Request bodies: read with a limit while they arrive, then taken apart off the event loop.
 
-Three forms: one image as it is (`image/*`), `multipart/form-data`, and JSON with base64.
+One image as it is (`image/*`), `multipart/form-data`, JSON with base64 or URLs, or a batch of raw
+pixels as npy or safetensors.
 """
 
 import binascii
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -21,9 +22,11 @@ from service.errors import (
     UnsupportedBodyError,
 )
 from service.hints import nearest
+from service.pixels import Pixels, read_npy, read_safetensors
 
 IMAGE_TYPES = ("image/*", "application/octet-stream")
-REQUEST_TYPES = (*IMAGE_TYPES, "multipart/form-data", "application/json")
+PIXEL_TYPES = ("application/x-npy", "application/x-safetensors")
+REQUEST_TYPES = (*IMAGE_TYPES, "multipart/form-data", "application/json", *PIXEL_TYPES)
 # base64 holds the interpreter lock for about 2 ms per MiB; between chunks others get a turn.
 _BASE64_CHUNK = 4 * 65536
 
@@ -31,14 +34,23 @@ _BASE64_CHUNK = 4 * 65536
 class BodyKind(NamedTuple):
     """How a body is to be read."""
 
-    form: Literal["image", "multipart", "json"]
+    form: Literal["image", "multipart", "json", "npy", "safetensors"]
     boundary: bytes = b""
+
+
+class ImageUrl(NamedTuple):
+    """An image that is to be fetched."""
+
+    url: str
+
+
+ImageSource = bytes | Pixels | ImageUrl
 
 
 class Payload(NamedTuple):
     """What a body holds."""
 
-    images: list[bytes]
+    images: Sequence[ImageSource]
     options: dict[str, Any]
 
 
@@ -54,6 +66,10 @@ def body_kind(content_type: str | None) -> BodyKind:
         return BodyKind("image")
     if media == b"application/json":
         return BodyKind("json")
+    if media == b"application/x-npy":
+        return BodyKind("npy")
+    if media == b"application/x-safetensors":
+        return BodyKind("safetensors")
     if media == b"multipart/form-data":
         if not parameters.get(b"boundary"):
             raise MalformedBodyError("multipart/form-data without a boundary in Content-Type")
@@ -115,14 +131,18 @@ def parse_payload(kind: BodyKind, body: bytes, *, max_images: int, max_lists: in
         max_lists: Most lists in JSON; every box is one.
 
     Raises:
-        MalformedBodyError, MalformedImageError, UnknownOptionError, InvalidOptionError,
-        TooManyImagesError.
+        MalformedBodyError, MalformedImageError, MalformedPixelsError, UnknownOptionError,
+        InvalidOptionError, TooManyImagesError.
     """
     if not body:
         raise MalformedBodyError("the body is empty; send an image")
     if kind.form == "image":
         return Payload([body], {})
-    if kind.form == "json":
+    if kind.form in ("npy", "safetensors"):
+        pixels = read_npy(body) if kind.form == "npy" else read_safetensors(body)
+        _check_count(len(pixels), max_images)
+        payload = Payload(pixels, {})
+    elif kind.form == "json":
         payload = _parse_json(body, max_images, max_lists)
     else:
         payload = _parse_multipart(body, kind.boundary, max_images, max_lists)
@@ -144,12 +164,18 @@ def _parse_json(body: bytes, max_images: int, max_lists: int) -> Payload:
     return Payload([_image_data(image, index) for index, image in enumerate(images)], options)
 
 
-def _image_data(image: object, index: int) -> bytes:
+def _image_data(image: object, index: int) -> bytes | ImageUrl:
     if not isinstance(image, dict):
         raise MalformedBodyError(
             f'image {index} is not an object; send {{"data": "<base64>"}}', index=index
         )
-    _check_keys(image, {"data"}, f"key of image {index}")
+    _check_keys(image, {"data", "url"}, f"key of image {index}")
+    if "url" in image:
+        if "data" in image or not isinstance(image["url"], str):
+            raise MalformedBodyError(
+                f"image {index} needs either base64 text as 'data' or text as 'url'", index=index
+            )
+        return ImageUrl(image["url"])
     text = image.get("data")
     if not isinstance(text, str):
         raise MalformedImageError(f"image {index} has no base64 text as 'data'", index=index)

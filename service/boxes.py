@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbone import DenseFeatures
 from kernels import roi_align
-from service.errors import InvalidOptionError
+from service.errors import InvalidOptionError, TooManyBoxesError
 
 Box = tuple[float, float, float, float]
 MAX_BOX_SIZE = 64
@@ -66,8 +66,9 @@ def read_boxes(
         limits: Most boxes and vectors.
 
     Raises:
-        InvalidOptionError: it is no list of boxes for each image, there are too many, or a box is
-            not four finite numbers.
+        InvalidOptionError: it is no list of boxes for each image, or a box is not four finite
+            numbers.
+        TooManyBoxesError: there are too many.
     """
     if not isinstance(value, list):
         raise InvalidOptionError(
@@ -106,7 +107,7 @@ def _check_counts(
         if not isinstance(image_boxes, list):
             raise _not_a_list(image_boxes)
         if len(image_boxes) > limits.max_image_boxes:
-            raise InvalidOptionError(
+            raise TooManyBoxesError(
                 f"image {index} has {len(image_boxes)} boxes, {limits.max_image_boxes} are "
                 "allowed; send the others in another request",
                 index=index,
@@ -114,7 +115,7 @@ def _check_counts(
         num_boxes += len(image_boxes)
     num_vectors = num_boxes * vectors_per_box
     if num_vectors > limits.max_vectors:
-        raise InvalidOptionError(
+        raise TooManyBoxesError(
             f"the boxes ask for {num_vectors} vectors (boxes x box_size x box_size x layers), "
             f"{limits.max_vectors} are allowed; ask for fewer boxes, a smaller box_size or fewer "
             "layers, or send several requests"
@@ -154,25 +155,16 @@ def _shown(value: object) -> str:
     return _ShortRepr().repr(value)[:80]
 
 
-def regions_per_image(
-    boxes: Sequence[Sequence[Box]] | None,
-    originals: Sequence[tuple[int, int]],
-    *,
-    box_size: int,
-    normalize: bool,
-) -> Sequence[Regions | None]:
-    """The regions of each image of a request, given (H, W) of the images; None without boxes.
+def regions_of(
+    boxes: Sequence[Box], original: tuple[int, int], *, index: int, box_size: int, normalize: bool
+) -> Regions:
+    """The regions of image `index`, given its (H, W).
 
     Raises:
         InvalidOptionError: a box is turned inside out, or further from its image than the image
             is large.
     """
-    if boxes is None:
-        return [None] * len(originals)
-    return [
-        Regions(_shares(image_boxes, original, index=index), box_size, normalize)
-        for index, (image_boxes, original) in enumerate(zip(boxes, originals, strict=True))
-    ]
+    return Regions(_shares(boxes, original, index=index), box_size, normalize)
 
 
 def _shares(boxes: Sequence[Box], original: tuple[int, int], *, index: int) -> Tensor:
@@ -208,8 +200,8 @@ def align(features: DenseFeatures, regions: Sequence[Regions]) -> list[Tensor]:
         regions: Of each image; `box_size` and `normalize` are the same in all.
 
     Returns:
-        `rois_VC` of each image on the CPU, in the dtype of the tokens; float32 if normalised,
-        because bfloat16 rounds lengths away from 1.
+        `rois_VC` of each image, in the dtype of the tokens; float32 if normalised, because bfloat16
+        rounds lengths away from 1.
     """
     p, normalize = regions[0].box_size, regions[0].normalize
     rois_RPC = roi_align(
@@ -221,5 +213,4 @@ def align(features: DenseFeatures, regions: Sequence[Regions]) -> list[Tensor]:
         normalize=normalize,
         dtype=torch.float32 if normalize else features.tokens.dtype,
     )
-    rois_VC = rois_RPC.flatten(0, 1).cpu()
-    return list(torch.split(rois_VC, [region.num_vectors for region in regions]))
+    return list(torch.split(rois_RPC.flatten(0, 1), [region.num_vectors for region in regions]))

@@ -1,154 +1,241 @@
-"""One thread per device that owns the model: it encodes batches and cuts boxes out of them.
+"""One thread per device: it takes batches from the queue and answers them.
 
-Dimension key: B = images of a batch, h, w = image in pixels, V = feature vectors that an image is
-answered with: its patch tokens, or those of its boxes, C = channels.
+On a CUDA device the thread launches a batch, forms and launches the next one while that runs, and
+only then waits for the first one's features, which come back through pinned memory on a stream of
+their own. On a CPU a batch is done when its forward returns.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import InvalidStateError
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from backbone import DenseEncoder, DenseFeatures
-from backbone.errors import RefineryError
-from kernels.dispatch import KernelError
+from backbone.errors import ImageError
 from service.batcher import Batcher, EncodedImage, QueuedImage
-from service.boxes import align
+from service.encoding import BatchEncoder, BatchOutput, own
 from service.errors import EncodingFailedError, NotReadyError
 from service.metrics import Metrics
-from service.warmup import WarmUp, warm_up
+from service.models import ServedModel
+from service.priority import lower_priority
 
 logger = logging.getLogger(__name__)
 
+_FATAL_TEXTS = ("CUDA error", "device-side assert", "cuDNN error", "CUBLAS_STATUS")
+
+
+class EngineFailedError(Exception):
+    """The device cannot be used any more; only a new process can."""
+
+
+class _Launched(NamedTuple):
+    batch: list[QueuedImage]
+    output: BatchOutput
+    started: float
+
 
 class Engine:
-    """Loads a model in a thread of its own, warms it up, then encodes batches until closed."""
+    """Encodes batches on one device until the batcher is closed and empty."""
 
     def __init__(
         self,
-        name: str,
-        open_encoder: Callable[[], DenseEncoder],
+        index: int,
+        device: str,
         batcher: Batcher,
         metrics: Metrics,
         *,
         num_threads: int,
-        on_ready: Callable[[], None],
+        models: Callable[[], Sequence[ServedModel]],
+        on_batch: Callable[[int, float], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
         """
         Args:
-            open_encoder: Loads the model; called in the engine's thread.
+            index: Of the device among those of a `ServedModel`.
             num_threads: Threads of one forward on a CPU.
-            on_ready: Called in the engine's thread after the warm-up.
-            on_failure: Called in the engine's thread when the model cannot be loaded or warmed
-                up, or when the thread itself fails; the engine then takes no more batches.
+            models: What is served when the thread begins; it warms itself up with them.
+            on_batch: Called after each batch with its tokens and the seconds that it took.
+            on_failure: Called in the engine's thread when it fails for good; the engine then
+                takes no more batches.
         """
-        self._open_encoder = open_encoder
+        self.device = torch.device(device)
         self._batcher = batcher
         self._metrics = metrics
         self._num_threads = num_threads
-        self._on_ready = on_ready
+        self._models = models
+        self._on_batch = on_batch
         self._on_failure = on_failure
-        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
-        self.encoder: DenseEncoder | None = None
-        self.warm_up: WarmUp | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Loaded, warmed up and alive."""
-        return self.warm_up is not None and self.is_alive
+        self._thread = threading.Thread(target=self._run, name=f"engine-{device}", daemon=True)
+        self._encoder = BatchEncoder(index, self.device, metrics)
+        self._working: list[_Launched | list[QueuedImage]] = []
+        self._busy_since: float | None = None
+        self.is_warm = threading.Event()
+        self._last_end = 0.0
 
     def start(self) -> None:
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs: it loads, encodes, or waits for images."""
+        """Whether the thread runs: it encodes, or waits for images."""
         return self._thread.is_alive()
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it has been working without finishing a batch; 0 when it waits for images."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def join(self, timeout_seconds: float) -> None:
         self._thread.join(timeout_seconds)
 
+    def abandon(self, error: Exception) -> None:
+        """Answer what the engine works on with `error`, from another thread, when it is stuck."""
+        for work in list(self._working):
+            for image in work.batch if isinstance(work, _Launched) else work:
+                _fail(image, error)
+
     def _run(self) -> None:
         try:
             torch.set_num_threads(self._num_threads)
-            self.encoder = self._open_encoder()
-            self.warm_up = warm_up(self.encoder, max_tokens=self._batcher.batch_tokens)
-            self._on_ready()
-            while batch := self._batcher.next_batch():
-                self._answer_or_fail(batch)
-        except (RefineryError, KernelError) as error:  # what the user can act on is told in words
-            logger.error("the engine stopped: %s", error)
-            self._on_failure(error)
+            lower_priority()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            self._encoder.warm_up(self._models())
+            self.is_warm.set()
+            self._serve()
         except Exception as error:  # whoever waits must hear of it, whatever it is
-            logger.exception("the engine stopped")
+            logger.exception("the engine on %s stopped", self.device)
             self._on_failure(error)
+            self.abandon(NotReadyError("the engine has failed; the service is about to exit"))
 
-    def _answer_or_fail(self, batch: list[QueuedImage]) -> None:
-        try:
-            self._answer(batch)
-        finally:
-            # Only when the engine itself broke: nobody may be left waiting for a dead thread.
-            for image in batch:
-                if not image.future.done():
-                    image.future.set_exception(NotReadyError("the engine has failed"))
+    def _serve(self) -> None:
+        launched: _Launched | None = None
+        while True:
+            batch = self._batcher.next_batch(wait=launched is None)
+            following = self._launch(batch) if batch else None
+            if launched is not None:
+                self._finish(launched)
+            elif batch is None:
+                return
+            launched = following
 
-    def _answer(self, batch: list[QueuedImage]) -> None:
-        self._metrics.batch_images.observe(len(batch))
-        self._metrics.batch_tokens.observe(sum(image.num_tokens for image in batch))
-        try:
-            encoded = self._encode(batch)
-        except Exception as error:  # noqa: BLE001 - every waiter must be answered, whatever failed
-            if len(batch) > 1:
-                # One image may be the reason: alone, it fails alone.
-                logger.warning("a batch of %d failed (%r): one by one now", len(batch), error)
-                self._metrics.batch_retries.inc()
-                for image in batch:
-                    self._answer_alone(image)
-            else:
-                _fail(batch[0], error)
-            return
-        for image, result in zip(batch, encoded, strict=True):
-            image.future.set_result(result)
-
-    def _answer_alone(self, image: QueuedImage) -> None:
-        try:
-            image.future.set_result(self._encode([image])[0])
-        except Exception as error:  # noqa: BLE001 - as above
-            _fail(image, error)
-
-    def _encode(self, batch: Sequence[QueuedImage]) -> list[EncodedImage]:
-        assert self.encoder is not None
+    def _launch(self, batch: list[QueuedImage]) -> _Launched | None:
+        """Begin on a batch; None when it is already answered."""
         started = time.perf_counter()
-        images_B3hw = torch.stack([image.pixels_3hw for image in batch])
-        layers = self.encoder.encode(images_B3hw, layers=batch[0].layers)
-        outputs = [_copied_back(features, batch) for features in layers]
-        ended = time.perf_counter()
-        self._metrics.images.inc(len(batch))
-        self._metrics.boxes.inc(sum(image.regions.num_boxes for image in batch if image.regions))
-        return [
-            EncodedImage(
-                vectors_VC=[layer_vectors[index] for layer_vectors in outputs],
-                grid=layers[0].grid,
-                queue_seconds=started - image.queued_at,
-                forward_seconds=ended - started,
-                batch_images=len(batch),
+        if not self._working:
+            self._busy_since = started
+        self._working.append(batch)
+        try:
+            launched = _Launched(batch, self._encoder.encode(batch), started)
+        except Exception as error:  # noqa: BLE001 - every waiter must be answered, whatever failed
+            self._answer_singly(batch, error)
+            self._done(batch)
+            return None
+        self._working[-1] = launched
+        if launched.output.copied is not None:
+            return launched
+        self._finish(launched)
+        return None
+
+    def _finish(self, launched: _Launched) -> None:
+        batch = launched.batch
+        try:
+            encoded = _split(launched)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._answer_singly(batch, error)
+        else:
+            for image, result in zip(batch, encoded, strict=True):
+                _answer(image, result)
+            self._metrics.images.inc(len(batch))
+            self._metrics.boxes.inc(
+                sum(image.regions.num_boxes for image in batch if image.regions)
             )
-            for index, image in enumerate(batch)
-        ]
+            ended = time.perf_counter()
+            # Batches overlap on a CUDA device: each has it since the one before has ended.
+            seconds = ended - max(launched.started, self._last_end)
+            self._last_end = ended
+            self._on_batch(sum(image.num_tokens for image in batch), seconds)
+        self._done(launched)
+
+    def _done(self, work: _Launched | list[QueuedImage]) -> None:
+        self._working = [other for other in self._working if other is not work]
+        self._busy_since = time.perf_counter() if self._working else None
+
+    def _answer_singly(self, batch: list[QueuedImage], error: Exception) -> None:
+        """Try the images of a failed batch one by one, so that only the guilty one fails.
+
+        Raises:
+            EngineFailedError: the device is lost.
+        """
+        self._check_device(error)
+        if len(batch) == 1:
+            _fail_encoding(batch[0], error)
+            return
+        logger.warning("a batch of %d failed (%r): one by one now", len(batch), error)
+        self._metrics.batch_retries.inc()
+        for image in batch:
+            try:
+                launched = _Launched([image], self._encoder.encode([image]), time.perf_counter())
+                _answer(image, _split(launched)[0])
+                self._metrics.images.inc()
+            except Exception as failure:  # noqa: BLE001 - as above
+                self._check_device(failure)
+                _fail_encoding(image, failure)
+
+    def _check_device(self, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            self._metrics.out_of_memory.inc()
+            torch.cuda.empty_cache()
+        elif is_fatal(error):
+            raise EngineFailedError(f"{self.device} is lost: {error}") from error
 
 
-def _copied_back(features: DenseFeatures, batch: Sequence[QueuedImage]) -> list[Tensor]:
-    """`vectors_VC` of each image of a batch, on the CPU; of images with boxes only those."""
-    regions = [image.regions for image in batch if image.regions is not None]
-    return align(features, regions) if regions else list(features.tokens.cpu())
+def is_fatal(error: Exception) -> bool:
+    """Whether an error means that the device's context is lost, so that nothing will work again."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _FATAL_TEXTS)
+    )
+
+
+def _split(launched: _Launched) -> list[EncodedImage]:
+    batch, output, started = launched
+    output.wait()
+    ended = time.perf_counter()
+    return [
+        EncodedImage(
+            layers=tuple(own(layer[index]) for layer in output.layers),
+            grid=output.grid,
+            queue_seconds=started - image.queued_at,
+            forward_seconds=ended - started,
+        )
+        for index, image in enumerate(batch)
+    ]
+
+
+def _answer(image: QueuedImage, result: EncodedImage) -> None:
+    try:
+        image.future.set_result(result)
+    except InvalidStateError:
+        logger.warning("an image was answered after its engine had been given up")
 
 
 def _fail(image: QueuedImage, error: Exception) -> None:
-    logger.error("an image of %s could not be encoded", image.group, exc_info=error)
+    with contextlib.suppress(InvalidStateError):  # answered already
+        image.future.set_exception(error)
+
+
+def _fail_encoding(image: QueuedImage, error: Exception) -> None:
+    if isinstance(error, ImageError):
+        _fail(image, error)  # the file's fault, found where the device decodes it
+        return
+    logger.error("an image of %s could not be encoded", image.plan.size, exc_info=error)
     failed = EncodingFailedError(f"the model failed on the image: {type(error).__name__}")
     failed.__cause__ = error
-    image.future.set_exception(failed)
+    _fail(image, failed)

@@ -4,16 +4,24 @@ A class says what the client did or met; its docstring is what the OpenAPI docum
 documentation and answers cannot drift apart.
 
 ServiceError
-  MalformedBodyError, MalformedImageError               400
-  NotFoundError                                         404
+  MalformedBodyError, MalformedImageError, MalformedPixelsError, InvalidDeadlineError   400
+  UnauthorizedError                                     401
+  ForbiddenError, UrlRefusedError                       403
+  NotFoundError, UnknownModelError                      404
   MethodNotAllowedError                                 405
   NotAcceptableError                                    406
+  BodyTooSlowError                                      408
+  ConflictError                                         409
   BodyTooLargeError, TooManyImagesError, ImageTooLargeError   413
   UnsupportedBodyError, UnsupportedImageError           415
-  UnknownOptionError, InvalidOptionError, ResponseTooLargeError, UndecodableImageError,
-  FeatureOverflowError                                  422
+  UnknownOptionError, InvalidOptionError, TooManyLayersError, TooManyBoxesError,
+  ResponseTooLargeError, UndecodableImageError, FeatureOverflowError, ModelLoadError    422
+  OverloadedError                                       429
+  HeadersTooLargeError                                  431
   InternalError, EncodingFailedError                    500
+  UrlFetchError                                         502
   NotReadyError, DrainingError                          503
+  DeadlineError                                         504
 """
 
 from typing import Any, ClassVar
@@ -49,7 +57,7 @@ class ServiceError(Exception):
     status: ClassVar[int]
     code: ClassVar[str]
     retryable: ClassVar[bool] = False
-    headers: ClassVar[dict[str, str]] = {}
+    headers: dict[str, str] = {}
 
     def __init__(self, message: str, *, index: int | None = None) -> None:
         super().__init__(message)
@@ -81,6 +89,37 @@ class MalformedImageError(ServiceError):
     status, code = 400, "malformed_image"
 
 
+class MalformedPixelsError(ServiceError):
+    """A body of raw pixels is no uint8 array [B, H, W, 3]."""
+
+    status, code = 400, "malformed_pixels"
+
+
+class InvalidDeadlineError(ServiceError):
+    """`x-deadline-ms` is no positive number of milliseconds."""
+
+    status, code = 400, "invalid_deadline"
+
+
+class UnauthorizedError(ServiceError):
+    """The request has no valid API key."""
+
+    status, code = 401, "unauthorized"
+    headers = {"www-authenticate": 'Bearer realm="vit-refinery", Basic realm="vit-refinery"'}
+
+
+class ForbiddenError(ServiceError):
+    """The API key does not have the right that the route needs."""
+
+    status, code = 403, "forbidden"
+
+
+class UrlRefusedError(ServiceError):
+    """An image's URL leads where the operator does not allow it."""
+
+    status, code = 403, "url_refused"
+
+
 class NotFoundError(ServiceError):
     """No such path."""
 
@@ -93,10 +132,28 @@ class MethodNotAllowedError(ServiceError):
     status, code = 405, "method_not_allowed"
 
 
+class UnknownModelError(ServiceError):
+    """No model of that name is served."""
+
+    status, code = 404, "unknown_model"
+
+
 class NotAcceptableError(ServiceError):
     """None of the response formats that `Accept` names is offered."""
 
     status, code = 406, "not_acceptable"
+
+
+class BodyTooSlowError(ServiceError):
+    """The body took longer to arrive than allowed."""
+
+    status, code, retryable = 408, "body_too_slow", True
+
+
+class ConflictError(ServiceError):
+    """What is asked for contradicts what is served."""
+
+    status, code = 409, "conflict"
 
 
 class BodyTooLargeError(ServiceError):
@@ -129,6 +186,24 @@ class UnsupportedImageError(ServiceError):
     status, code = 415, "unsupported_image"
 
 
+class TooManyLayersError(ServiceError):
+    """The request asks for more layers than allowed."""
+
+    status, code = 422, "too_many_layers"
+
+
+class TooManyBoxesError(ServiceError):
+    """The request has more boxes, or asks for more vectors of boxes, than allowed."""
+
+    status, code = 422, "too_many_boxes"
+
+
+class ModelLoadError(ServiceError):
+    """A model could not be loaded."""
+
+    status, code = 422, "model_not_loaded"
+
+
 class UnknownOptionError(ServiceError):
     """An option or key that does not exist."""
 
@@ -159,6 +234,22 @@ class FeatureOverflowError(ServiceError):
     status, code = 422, "feature_overflow"
 
 
+class OverloadedError(ServiceError):
+    """As much work waits as is allowed to; `Retry-After` says when there will be room."""
+
+    status, code, retryable = 429, "overloaded", True
+
+    def __init__(self, message: str, *, retry_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.headers = {"retry-after": str(retry_seconds)}
+
+
+class HeadersTooLargeError(ServiceError):
+    """The request's line and headers have more bytes than allowed."""
+
+    status, code = 431, "headers_too_large"
+
+
 class InternalError(ServiceError):
     """A fault of the service itself; the log has the rest under the request id."""
 
@@ -171,18 +262,30 @@ class EncodingFailedError(ServiceError):
     status, code = 500, "encoding_failed"
 
 
+class UrlFetchError(ServiceError):
+    """The image behind a URL could not be fetched."""
+
+    status, code, retryable = 502, "url_not_fetched", True
+
+
 class NotReadyError(ServiceError):
     """The model is still being loaded or warmed up, or its engine has stopped."""
 
     status, code, retryable = 503, "not_ready", True
-    headers: ClassVar[dict[str, str]] = {"retry-after": "1"}
+    headers = {"retry-after": "1"}
 
 
 class DrainingError(ServiceError):
     """The service is shutting down; another replica should take the request."""
 
     status, code, retryable = 503, "draining", True
-    headers: ClassVar[dict[str, str]] = {"retry-after": "1"}
+    headers = {"retry-after": "1"}
+
+
+class DeadlineError(ServiceError):
+    """The answer was not ready by the request's deadline."""
+
+    status, code, retryable = 504, "deadline_exceeded", True
 
 
 _OF_IMAGE_ERROR: dict[type[backbone_errors.ImageError], type[ServiceError]] = {
@@ -196,6 +299,25 @@ _OF_IMAGE_ERROR: dict[type[backbone_errors.ImageError], type[ServiceError]] = {
 def from_image_error(error: backbone_errors.ImageError, index: int) -> ServiceError:
     """What the client is told about image `index`."""
     return _OF_IMAGE_ERROR[type(error)](f"image {index}: {error}", index=index)
+
+
+# Errors that are about one image when they come up while one is worked on.
+_OF_ONE_IMAGE = (
+    EncodingFailedError,
+    ImageTooLargeError,
+    InvalidOptionError,
+    UrlFetchError,
+    UrlRefusedError,
+)
+
+
+def about_image(error: backbone_errors.ImageError | ServiceError, index: int) -> ServiceError:
+    """What the client is told when `error` came up with image `index`."""
+    if isinstance(error, backbone_errors.ImageError):
+        return from_image_error(error, index)
+    if error.index is None and isinstance(error, _OF_ONE_IMAGE):
+        return type(error)(f"image {index}: {error}", index=index)
+    return error
 
 
 def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:

@@ -1,59 +1,90 @@
 """What lives as long as the process: settings, threads, queue, engines, and in which phase it is.
 
 starting -> ready -> draining        (SIGTERM: no new requests, those in flight are finished)
-any      -> failed                   (the model cannot be loaded, or an engine died)
+any      -> failed                   (a model cannot be loaded, or an engine died or is stuck)
 """
 
+import asyncio
 import logging
+import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
 
-from backbone import DenseEncoder, open_model
+from service.admission import Admission
 from service.batcher import Batcher
+from service.cache import FeatureCache, build_cache
+from service.compiles import watch_compiles
 from service.decoding import WorkerPool
 from service.engine import Engine
 from service.errors import DrainingError, NotReadyError
 from service.metrics import Metrics
-from service.settings import Settings, SettingsError
+from service.models import ModelRegistry, OpenEncoder, ServedModel
+from service.settings import Settings
+from service.urls import UrlFetcher
+from service.work import Workshop
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["starting", "ready", "draining", "failed"]
 _STOP_SECONDS = 5.0
-
-OpenEncoder = Callable[[Settings, str], DenseEncoder]
+_POLL_SECONDS = 0.1
+# Hashing, reading headers and converting small arrays: short work, which must not queue behind
+# decoding.
+_NUM_HELPERS = 2
 
 
 class FeatureService:
     """Owns the parts of the service; routes read it, the server starts, drains and stops it."""
 
     def __init__(self, settings: Settings, open_encoder: OpenEncoder | None = None) -> None:
+        """
+        Args:
+            settings: What the operator chose.
+            open_encoder: Loads a model for a device; default what the settings say.
+
+        Raises:
+            SettingsError: the cache cannot be used as configured.
+        """
         self.settings = settings
         self.metrics = Metrics()
+        devices = resolve_devices(settings.device)
+        self.registry = ModelRegistry(settings, devices, open_encoder)
         self.batcher = Batcher(
             self.metrics,
             batch_tokens=settings.batch_tokens,
             batch_box_vectors=settings.max_box_vectors,
         )
+        self.admission = Admission(
+            self.metrics,
+            queue_seconds=settings.queue_seconds,
+            max_tokens=settings.max_queue_tokens,
+            min_tokens=2 * settings.batch_tokens,
+            num_engines=len(devices),
+        )
+        self.cache: FeatureCache = build_cache(settings, self.metrics.registry)
+        self.fetcher = _fetcher(settings)
         self.in_flight = 0
         self.failure: Exception | None = None
+        self._is_loaded = False
         self._is_draining = False
-        self._pool: WorkerPool | None = None
-        self._load = open_encoder or load_encoder
+        self._decoders: WorkerPool | None = None
+        self._helpers: WorkerPool | None = None
+        self._workshop: Workshop | None = None
+        self._end_watch: Callable[[], None] = lambda: None
         self.engines = [
             Engine(
+                index,
                 device,
-                partial(self._open, device),
                 self.batcher,
                 self.metrics,
                 num_threads=settings.num_torch_threads,
-                on_ready=self._engine_ready,
-                on_failure=self._engine_failed,
+                models=lambda: self.registry.models,
+                on_batch=self.admission.observe,
+                on_failure=self.fail,
             )
-            for device in resolve_devices(settings.device)
+            for index, device in enumerate(devices)
         ]
 
     @property
@@ -62,24 +93,29 @@ class FeatureService:
             return "failed"
         if self._is_draining:
             return "draining"
-        return "ready" if all(engine.is_ready for engine in self.engines) else "starting"
+        return "ready" if self._is_loaded else "starting"
 
     @property
-    def pool(self) -> WorkerPool:
-        assert self._pool is not None, "the service is started"
-        return self._pool
+    def workshop(self) -> Workshop:
+        assert self._workshop is not None, "the service is started"
+        return self._workshop
 
     @property
-    def encoder(self) -> DenseEncoder:
-        """The model; every device has the same.
+    def decoders(self) -> WorkerPool:
+        """Threads that decode images."""
+        assert self._decoders is not None, "the service is started"
+        return self._decoders
 
-        Raises:
-            NotReadyError: it is not loaded yet.
-        """
-        encoder = self.engines[0].encoder
-        if encoder is None:
-            raise NotReadyError("the model is being loaded; retry in a moment")
-        return encoder
+    @property
+    def helpers(self) -> WorkerPool:
+        """Threads for what is short, but too long for the event loop."""
+        assert self._helpers is not None, "the service is started"
+        return self._helpers
+
+    @property
+    def default_digest(self) -> str | None:
+        """Digest of the default model's weights; None before it is loaded."""
+        return self.registry.models[0].encoder.digest if self._is_loaded else None
 
     def check_accepting(self) -> None:
         """
@@ -94,15 +130,48 @@ class FeatureService:
         if phase == "starting":
             raise NotReadyError("the model is being loaded and warmed up; retry in a moment")
 
+    def check_health(self) -> None:
+        """Give the service up if an engine is dead or stuck; called some times a second."""
+        if self.failure is not None or not self._is_loaded or self.batcher.is_closed:
+            return
+        limit = self.settings.stuck_seconds
+        for engine in self.engines:
+            if engine.busy_seconds > limit:
+                self.fail(RuntimeError(f"{engine.device} has worked {limit:g} s on one batch"))
+            elif not engine.is_alive:
+                self.fail(RuntimeError(f"the thread of {engine.device} has ended"))
+
+    def fail(self, error: Exception) -> None:
+        """Take the service for lost: everybody who waits hears it, and the process ends."""
+        if self.failure is None:
+            logger.error("the service has failed: %s", error)
+            self.failure = error
+        self.metrics.ready.set(0)
+        self.batcher.close()
+        answer = NotReadyError("the engine has failed; the service is about to exit")
+        self.batcher.fail_waiting(answer)
+        for engine in self.engines:
+            engine.abandon(answer)
+
     def start(self) -> None:
-        """Begin to load the model; returns at once. Call it in the event loop's thread."""
+        """Begin to load the models; returns at once. Call it in the event loop's thread."""
         # Small answers are converted in this thread, and it needs no team of its own for that.
         # Before the engines: a thread that sets its number of threads also sets the default for
         # threads that start later, and the engine's choice has to be the last.
         torch.set_num_threads(1)
-        self._pool = WorkerPool(self.settings.num_decode_threads)
-        for engine in self.engines:
-            engine.start()
+        self._decoders = WorkerPool(self.settings.num_decode_threads)
+        self._helpers = WorkerPool(_NUM_HELPERS)
+        self._workshop = Workshop(
+            self.settings,
+            batcher=self.batcher,
+            admission=self.admission,
+            cache=self.cache,
+            decoders=self._decoders,
+            metrics=self.metrics,
+            resizes_on_device=all(engine.device.type == "cuda" for engine in self.engines),
+        )
+        self.cache.start()
+        threading.Thread(target=self._load, name="loader", daemon=True).start()
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -110,38 +179,79 @@ class FeatureService:
         self.metrics.ready.set(0)
         logger.info("draining: %d requests in flight", self.in_flight)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """End the threads; what still waits in the queue is encoded first."""
         self.batcher.close()
         for engine in self.engines:
-            # One that is still loading has nobody to answer: not worth waiting for.
-            engine.join(_STOP_SECONDS if engine.is_ready else 0.0)
-        self.pool.close()
+            if engine.is_alive and not self.failure:
+                engine.join(_STOP_SECONDS)
+        self._end_watch()
+        await self.cache.close(_STOP_SECONDS)
+        for pool in (self._decoders, self._helpers):
+            if pool is not None:
+                pool.close()
 
-    def _open(self, device: str) -> DenseEncoder:
-        encoder = self._load(self.settings, device)
-        tokens, limit = encoder.num_tokens(*encoder.native_size), self.settings.max_image_tokens
-        if tokens > limit:
-            raise SettingsError(
-                f"an image of the model's native size costs {tokens} tokens and "
-                f"--max-image-tokens is {limit}: set it, and --batch-tokens, to {tokens} or more"
+    async def load_model(self, name: str, spec: str) -> ServedModel:
+        """Load another model and serve it, while the others are.
+
+        Raises:
+            ConflictError and what loading raises: see `ModelRegistry.load`.
+        """
+        model = await asyncio.to_thread(self.registry.load, name, spec)
+        self.show_models()
+        return model
+
+    def drop_model(self, name: str) -> None:
+        """Serve a model no more.
+
+        Raises:
+            UnknownModelError, ConflictError: see `ModelRegistry.drop`.
+        """
+        self.registry.drop(name)
+        self.show_models()
+
+    def refresh_gauges(self) -> None:
+        """Bring what is only read when somebody looks up to date."""
+        self.metrics.admission_limit_tokens.set(self.admission.limit)
+        if self._decoders is not None:
+            self.metrics.pool_depth.set(self._decoders.depth)
+        for engine in self.engines:
+            if engine.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(engine.device)
+                self.metrics.show_device_memory(
+                    str(engine.device), free_bytes=free, total_bytes=total
+                )
+
+    def show_models(self) -> None:
+        """Tell the metrics which models are served now."""
+        self.metrics.show_models(
+            (
+                model.name,
+                model.encoder.digest,
+                model.encoder.backbone.name,
+                model.encoder.precision,
             )
-        return encoder
-
-    def _engine_ready(self) -> None:
-        encoder = self.encoder
-        self.metrics.show_model(
-            digest=encoder.digest, backbone=encoder.backbone.name, precision=encoder.precision
+            for model in self.registry.models
         )
+
+    def _load(self) -> None:
+        try:
+            for name, spec in self.settings.models.items():
+                model = self.registry.load(name, spec)
+                self.admission.start_at(model.warm_up.tokens_per_second)
+            for engine in self.engines:
+                engine.start()
+            for engine in self.engines:
+                while not engine.is_warm.wait(_POLL_SECONDS):
+                    if not engine.is_alive:
+                        return  # it has told why
+        except Exception as error:  # noqa: BLE001 - whatever it is, the process must end and say so
+            self.fail(error)
+            return
+        self.show_models()
+        self._end_watch = watch_compiles(self.metrics.late_compiles.inc)
+        self._is_loaded = True
         self.metrics.ready.set(self.phase == "ready")
-
-    def _engine_failed(self, error: Exception) -> None:
-        self.failure = error
-        self.metrics.ready.set(0)
-        self.batcher.close()
-        self.batcher.fail_waiting(
-            NotReadyError("the engine has failed; the service is about to exit")
-        )
 
 
 def resolve_devices(device: str) -> list[str]:
@@ -153,12 +263,12 @@ def resolve_devices(device: str) -> list[str]:
     return ["cpu"]
 
 
-def load_encoder(settings: Settings, device: str) -> DenseEncoder:
-    """The model that the settings name, on `device`."""
-    return open_model(
-        settings.model,
-        weights=settings.weights,
-        random_weights=settings.random_weights,
-        device=device,
-        precision=settings.precision,
+def _fetcher(settings: Settings) -> UrlFetcher | None:
+    if not settings.allow_url_hosts:
+        return None
+    return UrlFetcher(
+        settings.allow_url_hosts,
+        max_bytes=settings.max_body_bytes,
+        seconds=settings.url_seconds,
+        max_redirects=settings.max_url_redirects,
     )

@@ -1,6 +1,6 @@
 """Prometheus metrics, all with the prefix `refinery_`, base units and bounded labels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from prometheus_client import (
@@ -13,8 +13,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-Stage = Literal["read", "decode", "queue", "forward", "encode"]
-STAGES: tuple[Stage, ...] = ("read", "decode", "queue", "forward", "encode")
+Stage = Literal["read", "cache", "decode", "queue", "forward", "encode"]
+STAGES: tuple[Stage, ...] = ("read", "cache", "decode", "queue", "forward", "encode")
 
 # Steps of about 1.6 from 1 ms, where a small model answers, to 30 s, where clients give up.
 _SECONDS = (
@@ -31,8 +31,8 @@ class Metrics:
     def __init__(self) -> None:
         # Without it every series has a twin `_created` that says when it began.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = CollectorRegistry()
-        ProcessCollector(namespace="refinery", registry=self._registry)
+        self.registry = CollectorRegistry()
+        ProcessCollector(namespace="refinery", registry=self.registry)
         self.requests = self._counter("requests", "Requests answered", ("route", "status"))
         self.errors = self._counter("errors", "Error answers", ("code",))
         self.abandoned = self._counter("abandoned_requests", "Requests whose client hung up")
@@ -41,8 +41,38 @@ class Metrics:
         self.cancelled_images = self._counter(
             "cancelled_images", "Images taken out of the queue because their request ended"
         )
+        self.coalesced_images = self._counter(
+            "coalesced_images", "Images that joined the computation of an identical one"
+        )
+        self.not_modified = self._counter(
+            "not_modified", "Requests answered with 304, because the client has the answer"
+        )
         self.batch_retries = self._counter(
             "batch_retries", "Batches that failed and were tried again image by image"
+        )
+        self.out_of_memory = self._counter(
+            "out_of_memory", "Batches that did not fit the device's memory"
+        )
+        self.padding_tokens = self._counter(
+            "padding_tokens", "Tokens computed in vain to fill up a recorded batch"
+        )
+        self.late_compiles = self._counter(
+            "late_compiles", "Kernels compiled after the warm-up, while a request waited"
+        )
+        self.rejected_tokens = self._counter(
+            "rejected_tokens", "Tokens of requests that were refused because too much was waiting"
+        )
+        self.admitted_tokens = self._gauge(
+            "admitted_tokens", "Tokens of requests that are being decoded, wait or are encoded"
+        )
+        self.admission_limit_tokens = self._gauge(
+            "admission_limit_tokens", "Most tokens that may be admitted at a time"
+        )
+        self.tokens_per_second = self._gauge(
+            "tokens_per_second", "Running mean of the rate of all engines"
+        )
+        self.pool_depth = self._gauge(
+            "decode_pool_depth", "Pieces of work in the decoding threads, queued or running"
         )
         self.in_flight = self._gauge("requests_in_flight", "Feature requests being worked on")
         self.queue_images = self._gauge("queue_images", "Images waiting for an engine")
@@ -61,27 +91,38 @@ class Metrics:
             "Time of a feature request in one stage",
             ("stage",),
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self.stage_seconds: Mapping[Stage, Histogram] = {
             stage: self._stages.labels(stage) for stage in STAGES
         }
         self._model = self._gauge(
-            "model_info", "Always 1; what is served", ("digest", "backbone", "precision")
+            "model_info", "Always 1; what is served", ("model", "digest", "backbone", "precision")
+        )
+        self._device_memory = self._gauge(
+            "device_memory_bytes", "Memory of the CUDA device", ("device", "state")
         )
 
-    def show_model(self, *, digest: str, backbone: str, precision: str) -> None:
-        self._model.labels(digest, backbone, precision).set(1)
+    def show_models(self, models: Iterable[tuple[str, str, str, str]]) -> None:
+        """Name, digest, backbone and precision of each model that is served."""
+        self._model.clear()
+        for labels in models:
+            self._model.labels(*labels).set(1)
+
+    def show_device_memory(self, device: str, *, free_bytes: int, total_bytes: int) -> None:
+        """What is taken on a CUDA device, by whomever, and what is left."""
+        self._device_memory.labels(device, "free").set(free_bytes)
+        self._device_memory.labels(device, "used").set(total_bytes - free_bytes)
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(f"refinery_{name}", text, labels, registry=self._registry)
+        return Counter(f"refinery_{name}", text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
-        return Gauge(f"refinery_{name}", text, labels, registry=self._registry)
+        return Gauge(f"refinery_{name}", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"refinery_{name}", text, buckets=buckets, registry=self._registry)
+        return Histogram(f"refinery_{name}", text, buckets=buckets, registry=self.registry)

@@ -1,25 +1,21 @@
-"""The service's settings: one frozen model, filled from flags, then `REFINERY_*` variables.
+"""The service's settings: one frozen model, the only place where a setting is written down.
 
-A field is the only place where a setting is written down: its name gives the flag
-(`batch_tokens` -> `--batch-tokens`) and the variable (`REFINERY_BATCH_TOKENS`), its description
-the help text.
+`service.command_line` makes a flag and a `REFINERY_*` variable of every field.
 """
 
-import argparse
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from service.hints import nearest
-
-ENV_PREFIX = "REFINERY_"
-# Read by `kernels.dispatch` itself, which also checks it; importing that here would load torch.
-KERNELS_VARIABLE = "REFINERY_KERNELS"
 _MIB = 1024 * 1024
+_BUCKET = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+CommaSeparated = tuple[str, ...]
 
 
 class SettingsError(Exception):
@@ -31,8 +27,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(
-        description="artifact folder, timm model name (hf-hub:... too) or local-dir:PATH"
+    model: tuple[str, ...] = Field(
+        min_length=1,
+        description="artifact folder, timm model name (hf-hub:... too) or local-dir:PATH; as "
+        "NAME=PATH under a name; give it several times to serve several, the first by default",
     )
     weights: Path | None = Field(
         None, description="checkpoint file that goes with a timm model name"
@@ -50,10 +48,36 @@ class Settings(BaseModel):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="serve /metrics on this port of the same host, without key, not on --port",
+    )
     insecure: bool = Field(
         False, description="allow a non-loopback --host although requests need no key"
     )
-    max_body_bytes: int = Field(32 * _MIB, ge=1, description="largest request body, bytes")
+    api_key_file: Path | None = Field(
+        None,
+        description="file of hashed API keys (python -m service.keys makes them); with it every "
+        "route but the probes needs a key; read again when it changes",
+    )
+    cors_origins: CommaSeparated = Field(
+        (), description="origins whose pages may call the service, as https://host, with commas"
+    )
+    allow_url_hosts: CommaSeparated = Field(
+        (),
+        description="hosts that images may be fetched from by URL, with commas, *.host for those "
+        "below one; none: URLs are refused",
+    )
+    url_seconds: float = Field(5.0, gt=0, le=60, description="how long fetching a URL may take")
+    max_url_redirects: int = Field(3, ge=0, le=10, description="most redirects of a URL")
+    max_body_bytes: int = Field(
+        32 * _MIB, ge=1, description="largest request body, and largest file behind a URL, bytes"
+    )
+    max_header_bytes: int = Field(
+        32 * 1024, ge=1024, description="most bytes of a request's line and headers"
+    )
     max_images: int = Field(32, ge=1, description="most images in a request")
     max_image_pixels: int = Field(
         40_000_000, ge=1, description="most pixels that an image's header may declare"
@@ -64,6 +88,10 @@ class Settings(BaseModel):
         description="most tokens, register border included, that one image may cost at the size "
         "asked for; memory and time of one forward grow with it",
     )
+    max_size: int = Field(
+        4096, ge=1, description="longest side in pixels that images may be asked to be encoded at"
+    )
+    max_layers: int = Field(8, ge=1, description="most layers in a request")
     max_image_boxes: int = Field(
         1000, ge=1, description="most boxes of one image, with the option boxes"
     )
@@ -79,18 +107,111 @@ class Settings(BaseModel):
         description="most tokens in a batch, at least --max-image-tokens; raise it until images "
         "per second stop growing",
     )
+    buckets: CommaSeparated = Field(
+        (),
+        description="sizes that are made ready before requests are taken, as 448x448,448x672 "
+        "(height x width, px) with commas; the model's native size always is",
+    )
+    only_buckets: bool = Field(
+        False, description="refuse sizes that are no bucket, so that nothing is compiled late"
+    )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="replay the forward of each bucket from CUDA graphs; auto: on CUDA, and "
+        "without them when a capture fails, which is logged and counted",
+    )
+    jpeg_decoder: Literal["cpu", "nvjpeg"] = Field(
+        "cpu",
+        description="nvjpeg decodes JPEG on the CUDA device; pixels differ a little between them",
+    )
+    queue_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="work that may wait, in seconds of the measured rate; beyond it requests get "
+        "429 with Retry-After",
+    )
+    max_queue_tokens: int = Field(
+        0, ge=0, description="the same bound in tokens; 0: by --queue-seconds"
+    )
+    request_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="how long a request may take from its headers to its answer; x-deadline-ms "
+        "can only shorten it",
+    )
+    body_seconds: float = Field(
+        30.0, gt=0, description="how long a request body may take to arrive"
+    )
+    header_seconds: float = Field(
+        10.0, gt=0, description="how long a request's line and headers may take to arrive"
+    )
     decode_threads: int = Field(
         0, ge=0, le=256, description="threads that decode and resize images; 0: one per core"
     )
     torch_threads: int = Field(
         0, ge=0, le=1024, description="threads of one forward on a CPU; 0: one per core"
     )
+    cache: str = Field(
+        "memory",
+        pattern=r"^(memory|off|rediss?://.+)$",
+        description="memory: in this process; redis://[user@]host:port/db or rediss:// (TLS): "
+        "shared by replicas, behind the one in memory; off",
+    )
+    cache_bytes: int = Field(
+        512 * _MIB, ge=0, description="bytes of the cache in memory; 0: none in front of Redis"
+    )
+    cache_ttl_seconds: int = Field(
+        86400, ge=1, description="how long Redis keeps a value that nobody asks for"
+    )
+    cache_max_value_bytes: int = Field(16 * _MIB, ge=1, description="larger values are not cached")
+    cache_password_file: Path | None = Field(None, description="file with the password of Redis")
+    cache_ca_file: Path | None = Field(
+        None, description="PEM file of the authority that signed the certificate of Redis"
+    )
     drain_seconds: float = Field(
         30.0, gt=0, description="how long SIGTERM waits for requests in flight"
+    )
+    stuck_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="an engine that works longer than this on one batch is taken for dead: /livez "
+        "fails and the process exits with 1",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log line that is written"
     )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="log lines for people, or one JSON object a line"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://.+",
+        description="send traces by OpenTelemetry to this HTTP endpoint; needs the extra otel",
+    )
+
+    @field_validator("model", "cors_origins", "allow_url_hosts", "buckets", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("buckets")
+    @classmethod
+    def _check_buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for bucket in value:
+            if not _BUCKET.fullmatch(bucket):
+                raise ValueError(f"{bucket!r} is no bucket; write height x width, as 448x672")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [named_model(text)[0] for text in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are called {name!r}; name them: NAME=PATH")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -100,12 +221,30 @@ class Settings(BaseModel):
                 f"batch_tokens {self.batch_tokens} is less than max_image_tokens "
                 f"{self.max_image_tokens}: set --batch-tokens to {self.max_image_tokens} or more"
             )
-        if not self.insecure and not is_loopback(self.host):
+        if 0 < self.max_queue_tokens < self.max_image_tokens:
+            raise ValueError(
+                f"max_queue_tokens {self.max_queue_tokens} is less than max_image_tokens "
+                f"{self.max_image_tokens}: set it to {self.max_image_tokens} or more"
+            )
+        if len(self.model) > 1 and (self.weights or self.random_weights):
+            raise ValueError("--weights and --random-weights go with one --model")
+        if not self.insecure and self.api_key_file is None and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines and requests need no key: "
-                "listen on 127.0.0.1 behind a proxy that authenticates, or add --insecure"
+                "give --api-key-file, listen on 127.0.0.1, or add --insecure"
             )
         return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """What is served at the start, by name; the first is the default."""
+        return dict(named_model(text) for text in self.model)
+
+    @property
+    def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of each declared bucket."""
+        sizes = (bucket.split("x") for bucket in self.buckets)
+        return tuple((int(height), int(width)) for height, width in sizes)
 
     @property
     def num_decode_threads(self) -> int:
@@ -114,6 +253,15 @@ class Settings(BaseModel):
     @property
     def num_torch_threads(self) -> int:
         return self.torch_threads or available_cores()
+
+
+def named_model(text: str) -> tuple[str, str]:
+    """Name and place of a model: `NAME=PATH`, or a path or timm name that gives the name itself."""
+    name, equals, spec = text.partition("=")
+    if equals and _MODEL_NAME.fullmatch(name):
+        return name, spec
+    last = text.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", last)[-64:], text
 
 
 def is_loopback(host: str) -> bool:
@@ -129,105 +277,3 @@ def is_loopback(host: str) -> bool:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of `Settings`; what is not given is left out of the namespace."""
-    for name, field in Settings.model_fields.items():
-        required = field.is_required()
-        default = "required" if required else f"default {_shown(field.default)}"
-        text = f"{field.description} ({default}; {ENV_PREFIX}{name.upper()})".replace("%", "%%")
-        flag = "--" + name.replace("_", "-")
-        if field.annotation is bool:
-            parser.add_argument(
-                flag, action="store_true", default=argparse.SUPPRESS, dest=name, help=text
-            )
-            continue
-        choices = getattr(field.annotation, "__args__", None)
-        metavar = (
-            "|".join(choices)
-            if choices and all(isinstance(choice, str) for choice in choices)
-            else name.rsplit("_", 1)[-1].upper()
-        )
-        parser.add_argument(flag, default=argparse.SUPPRESS, dest=name, metavar=metavar, help=text)
-
-
-def load_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
-    """Flags over variables over defaults.
-
-    Raises:
-        SettingsError: an unknown `REFINERY_*` variable, or a value that is not possible.
-    """
-    values: dict[str, Any] = dict(_from_environment(environment))
-    values.update(flags)
-    if "model" not in values:
-        raise SettingsError(f"no model given: add --model models/demo, or set {ENV_PREFIX}MODEL")
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        raise SettingsError("; ".join(_explain(item, flags) for item in error.errors())) from None
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    values = {}
-    for variable, value in environment.items():
-        if not variable.startswith(ENV_PREFIX) or variable == KERNELS_VARIABLE:
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if name not in Settings.model_fields or variable != variable.upper():
-            known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
-            hint = nearest(variable.upper(), [*known, KERNELS_VARIABLE])
-            raise SettingsError(f"unknown variable {variable}: {hint}")
-        values[name] = value
-    return values
-
-
-def _explain(item: Any, flags: Mapping[str, Any]) -> str:
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if not item["loc"]:
-        return message
-    name = str(item["loc"][0])
-    where = "--" + name.replace("_", "-") if name in flags else ENV_PREFIX + name.upper()
-    return f"{where} is {item['input']!r}: {message}"
-
-
-def _shown(default: object) -> str:
-    if default is None:
-        return "none"
-    if default is False:
-        return "off"
-    return str(default)
-
-
-class Invocation(NamedTuple):
-    """What a command line asks for."""
-
-    settings: Settings
-    print_config: bool
-
-
-def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Invocation:
-    """Settings of a command line.
-
-    Raises:
-        SettingsError: see `load_settings`.
-        SystemExit: `--help`, or an unknown flag.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m service",
-        description="Serve dense image features over HTTP: POST /features, documentation at /docs.",
-        epilog=f"A flag wins over its variable. {KERNELS_VARIABLE} chooses what computes attention "
-        "and boxes: auto (default) takes the Triton kernels where they are made for the GPU and "
-        "PyTorch elsewhere, reference takes PyTorch everywhere, triton takes the kernels or fails; "
-        "the log says once what runs. Exit status: 0 after SIGTERM with every request "
-        "answered, 1 when the drain deadline cut some off or the service failed, 2 for settings "
-        "or a model that cannot be used.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the settings as JSON and exit"
-    )
-    add_flags(parser)
-    flags = vars(parser.parse_args(arguments))
-    print_config = bool(flags.pop("print_config"))
-    return Invocation(load_settings(flags, environment), print_config)

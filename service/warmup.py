@@ -9,6 +9,7 @@ Dimension key: B = images, N = patch tokens, C = channels, h, w = image in pixel
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ _MAX_RELATIVE_ERROR = {"fp32": 1e-3, "bf16": 5e-2}
 class WarmUp(NamedTuple):
     """What the warm-up found."""
 
+    tokens_per_second: float  # of one device
     max_relative_error: float  # the bound that is promised
     measured_relative_error: float
     measured_cosine: float
@@ -39,22 +41,30 @@ class WarmUp(NamedTuple):
         return math.sqrt(1.0 - self.max_relative_error**2)
 
 
-def warm_up(encoder: DenseEncoder, *, max_tokens: int) -> WarmUp:
-    """Encode images of the native size, alone and together, as many as `max_tokens` allow.
+def warm_up(
+    encoder: DenseEncoder, buckets: Sequence[tuple[int, int]], *, max_tokens: int
+) -> WarmUp:
+    """Encode images of every bucket, alone and together, as many as `max_tokens` allow.
+
+    Args:
+        encoder: What is warmed up.
+        buckets: (h, w) in pixels; the first is the one that is measured.
+        max_tokens: Most tokens of a batch.
 
     Raises:
         RuntimeError: the model gives values that are not finite.
     """
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(0)
-    height, width = encoder.native_size
-    batch = max(1, min(_BATCH, max_tokens // encoder.num_tokens(height, width)))
-    images_B3hw = torch.randint(
-        0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8
-    )
+    for size in buckets[1:]:
+        encoder.encode(_noise(encoder, size, max_tokens))
+        encoder.encode(_noise(encoder, size, 1))
+    images_B3hw = _noise(encoder, buckets[0], max_tokens)
     (together,) = encoder.encode(images_B3hw)
     _warm_up_boxes(together)
     together_BNC = together.tokens.float().cpu()
+    encoded = time.perf_counter()
+    encoder.encode(images_B3hw)[0].tokens.cpu()
+    rate = len(images_B3hw) * encoder.num_tokens(*buckets[0]) / (time.perf_counter() - encoded)
     alone_BNC = torch.cat(
         [encoder.encode(image[None])[0].tokens.float().cpu() for image in images_B3hw]
     )
@@ -72,13 +82,20 @@ def warm_up(encoder: DenseEncoder, *, max_tokens: int) -> WarmUp:
             bound,
         )
     logger.info(
-        "warmed up at %dx%d px in %.1f s: relative error alone or in a batch %.2g",
-        height,
-        width,
+        "warmed up %d buckets in %.1f s: %.0f tokens/s, relative error alone or in a batch %.2g",
+        len(buckets),
         time.perf_counter() - started,
+        rate,
         error,
     )
-    return WarmUp(bound, error, cosine)
+    return WarmUp(rate, bound, error, cosine)
+
+
+def _noise(encoder: DenseEncoder, size: tuple[int, int], max_tokens: int) -> torch.Tensor:
+    """uint8 [B, 3, h, w] of a few images, one at least."""
+    batch = max(1, min(_BATCH, max_tokens // encoder.num_tokens(*size)))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, *size), generator=generator, dtype=torch.uint8)
 
 
 def _warm_up_boxes(features: DenseFeatures) -> None:

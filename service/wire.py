@@ -1,109 +1,169 @@
-"""Responses: which format, which shape and numbers, and the bytes without needless copies.
+"""Responses: the bytes of finished images in each format, without copies of the tensors.
 
-Dimension key: h, w = patch grid, N = h * w patch tokens, K = boxes of an image, p = box_size,
-V = feature vectors that an image is answered with, N or K * p * p, C = channels.
+Safetensors is the format with everything in it; frames are one safetensors file per image, sent as
+soon as it is done. npy, raw bytes and PNG carry one array, with what they cannot hold in headers.
 """
 
 import base64
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import torch
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 from torch import Tensor
-from torch.nn import functional as F
 
 from backbone.preprocess import patch_affine
-from service.errors import (
-    FeatureOverflowError,
-    InvalidOptionError,
-    NotAcceptableError,
-    ResponseTooLargeError,
-)
-from service.schemas import Dtype, FeatureOptions, Layout
+from service.errors import InvalidOptionError, ResponseTooLargeError, ServiceError
+from service.finishing import FinishedImage, NamedPart
+from service.models import ServedModel
+from service.negotiation import MediaType
+from service.options import FeatureOptions
 
-MediaType = Literal["application/x-safetensors", "application/x-npy", "application/json"]
-MEDIA_TYPES: tuple[MediaType, ...] = (
-    "application/x-safetensors",
-    "application/x-npy",
-    "application/json",
-)
 MAX_JSON_VALUES = 1_000_000
 _JOIN_BYTES = 512 * 1024
+_DTYPES = {
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
+# What numpy calls them; it has no bfloat16.
+_NUMPY_DTYPES = {torch.float16: "<f2", torch.float32: "<f4", torch.int8: "|i1"}
 
-_TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
-_SAFETENSORS_DTYPES: dict[Dtype, str] = {"float16": "F16", "float32": "F32"}
-
-Array = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 Part = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFeatures:
-    """Features of one image as they are sent, and where they lie in it."""
+class ImageAnswer:
+    """An image that succeeded."""
 
-    arrays: tuple[Array, ...]  # one per layer
-    grid: tuple[int, int]
-    original: tuple[int, int]  # (height, width) px
-    resized: tuple[int, int]  # (height, width) px
+    index: int
+    image: FinishedImage
+    original: tuple[int, int]  # (H, W) px
+    resized: tuple[int, int]  # (h, w) px
+    num_boxes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFailure:
+    """An image that failed, for a request that wants the others all the same."""
+
+    index: int
+    error: ServiceError
+
+    def describe(self) -> dict[str, Any]:
+        detail = {
+            "code": self.error.code,
+            "message": self.error.message,
+            "retryable": self.error.retryable,
+            "index": self.index,
+        }
+        return {"index": self.index, "error": detail}
+
+
+Answer = ImageAnswer | ImageFailure
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """What the features of a response have in common."""
 
-    model: str
-    digest: str
-    patch_size: int
+    model: ServedModel
     layers: tuple[int, ...]  # block numbers, counted from 0
+    options: FeatureOptions
+
+    def describe(self) -> dict[str, object]:
+        """What is said about all images, as JSON."""
+        encoder, options = self.model.encoder, self.options
+        described: dict[str, object] = {
+            "model": self.model.name,
+            "model_digest": encoder.digest,
+            "patch_size": encoder.patch_size,
+            "layers": self.layers,
+            "dtype": options.dtype,
+            "layout": options.layout,
+            "normalize": options.normalize,
+        }
+        if options.boxes is not None:
+            described["box_size"] = options.box_size
+        if options.pool != "none":
+            described["pool"] = options.pool
+        if options.project is not None:
+            described["project"] = options.project
+        return described
+
+    def describe_image(self, answer: Answer) -> dict[str, object]:
+        """What is said about one image, as JSON."""
+        if isinstance(answer, ImageFailure):
+            return answer.describe()
+        image = answer.image
+        patch_size = self.model.encoder.patch_size
+        affine = patch_affine(answer.original, answer.resized, patch_size)
+        pool_h, pool_w = image.pool
+        described: dict[str, object] = {
+            "index": answer.index,
+            "grid": image.grid,
+            "original_size": answer.original,
+            "resized_to": answer.resized,
+            "bucket": f"{answer.resized[0]}x{answer.resized[1]}",
+            "affine": [[value / pool_w for value in affine[0]], [v / pool_h for v in affine[1]]],
+        }
+        if answer.num_boxes is not None:
+            described["num_boxes"] = answer.num_boxes
+        return described
+
+    def name(self, part: NamedPart, index: int) -> str:
+        """`features.0`, `features.0.layer11` with several layers, `features.0.layer11.scale`."""
+        kind = "features" if part.kind == "scale" else part.kind
+        layer = f".layer{self.layers[part.layer]}" if len(self.layers) > 1 else ""
+        return f"{kind}.{index}{layer}" + (".scale" if part.kind == "scale" else "")
 
 
-def negotiate(accept: str | None) -> MediaType:
-    """The offered format that `Accept` likes best; safetensors when it does not mind.
+def check_format(
+    media: MediaType, options: FeatureOptions, *, num_images: int, num_layers: int
+) -> None:
+    """Refuse early what a format cannot hold.
 
     Raises:
-        NotAcceptableError: it names no format that is offered.
+        InvalidOptionError: more than one array, or one of a kind that the format does not have.
     """
-    if not accept:
-        return MEDIA_TYPES[0]
-    ranges = [_media_range(text) for text in accept.split(",")]
-    best: MediaType | None = None
-    best_quality = 0.0
-    for media in MEDIA_TYPES:
-        matching = [item for item in ranges if _covers(item[0], media)]
-        # The most specific range decides: `*/*;q=0.1` does not weaken `application/json`.
-        quality = max(matching, key=lambda item: -item[0].count("*"))[1] if matching else 0.0
-        if quality > best_quality:
-            best, best_quality = media, quality
-    if best is None:
-        raise NotAcceptableError(
-            f"Accept is {accept[:80]!r}; this service offers {', '.join(MEDIA_TYPES)}"
+    if media in ("application/x-safetensors", "application/x-refinery-frames", "application/json"):
+        return
+    other = "ask for Accept: application/x-safetensors"
+    if num_layers > 1:
+        raise InvalidOptionError(
+            f"{num_layers} layers do not fit one {_short(media)}; ask for one layer, or {other}"
         )
-    return best
-
-
-def _media_range(text: str) -> tuple[str, float]:
-    media, *parameters = (part.strip() for part in text.split(";"))
-    quality = 1.0
-    for parameter in parameters:
-        if parameter.lower().startswith("q="):
-            try:
-                quality = float(parameter[2:])
-            except ValueError:
-                quality = 0.0
-    return media.lower(), quality
-
-
-def _covers(media_range: str, media: str) -> bool:
-    kind, _, subtype = media_range.partition("/")
-    return media_range == media or kind in ("*", "application") and subtype == "*"
+    if options.include or options.project is not None:
+        name = "include" if options.include else "project"
+        raise InvalidOptionError(
+            f"option {name!r} gives several tensors, and {_short(media)} holds one; {other}"
+        )
+    if options.partial:
+        raise InvalidOptionError(
+            f"option 'partial' lists errors per image, which {_short(media)} cannot; {other}"
+        )
+    if options.dtype == "int8":
+        raise InvalidOptionError(
+            f"dtype int8 has scales, which {_short(media)} cannot hold; {other}"
+        )
+    if options.dtype == "bfloat16" and media == "application/x-npy":
+        raise InvalidOptionError(
+            f"npy has no bfloat16; ask for dtype float16 or float32, or {other}"
+        )
+    if media == "image/png":
+        if num_images > 1:
+            raise InvalidOptionError(f"a picture shows one image, not {num_images}; send one")
+        for name, is_given in (
+            ("boxes", options.boxes is not None),
+            ("pool", options.pool == "mean"),
+        ):
+            if is_given:
+                raise InvalidOptionError(f"a picture shows patches; leave out option {name!r}")
 
 
 def check_response_size(media: MediaType, num_values: int, options: FeatureOptions) -> None:
@@ -120,203 +180,131 @@ def check_response_size(media: MediaType, num_values: int, options: FeatureOptio
         )
 
 
-def to_array(
-    vectors_VC: Tensor, grid: tuple[int, int], options: FeatureOptions, *, index: int
-) -> Array:
-    """Tokens of image `index`, or vectors of its boxes, in the dtype and layout asked for.
-
-    Those of boxes come normalised if that is asked for; tokens are normalised here.
-
-    Raises:
-        FeatureOverflowError: a value is beyond the dtype's range.
-    """
-    if options.normalize and options.boxes is None:
-        vectors_VC = F.normalize(vectors_VC.float(), dim=-1)
-    converted_VC = vectors_VC.to(_TORCH_DTYPES[options.dtype])
-    if not bool(torch.isfinite(converted_VC).all()):
-        hint = "ask for dtype float32" if options.dtype == "float16" else "check the weights"
-        raise FeatureOverflowError(
-            f"features of image {index} exceed the range of {options.dtype}; {hint}", index=index
-        )
-    if options.boxes is None:
-        shaped = _tokens_in_layout(converted_VC, grid, options.layout)
-    else:
-        shaped = _boxes_in_layout(converted_VC, options.box_size, options.layout)
-    array: Array = shaped.contiguous().numpy()
-    return array
-
-
-def _boxes_in_layout(rois_VC: Tensor, box_size: int, layout: Layout) -> Tensor:
-    if box_size == 1:
-        return rois_VC
-    num_boxes = rois_VC.shape[0] // box_size**2
-    if layout == "tokens":
-        return rois_VC.reshape(num_boxes, box_size**2, rois_VC.shape[1])
-    rois_KppC = rois_VC.reshape(num_boxes, box_size, box_size, rois_VC.shape[1])
-    return rois_KppC if layout == "grid" else rois_KppC.permute(0, 3, 1, 2)
-
-
-def _tokens_in_layout(tokens_NC: Tensor, grid: tuple[int, int], layout: Layout) -> Tensor:
-    h, w = grid
-    if layout == "tokens":
-        return tokens_NC
-    if layout == "grid":
-        return tokens_NC.reshape(h, w, -1)
-    return tokens_NC.T.reshape(1, -1, h, w)
-
-
 def serialise(
-    media: MediaType, images: Sequence[ImageFeatures], options: FeatureOptions, source: Source
-) -> list[Part]:
-    """The body, in parts that are sent one after the other.
+    media: MediaType, answers: Sequence[Answer], source: Source
+) -> tuple[list[Part], dict[str, str]]:
+    """The body in parts that are sent one after the other, and headers that go with it.
 
     Raises:
-        InvalidOptionError: images that one npy array cannot hold.
+        InvalidOptionError: images that one array cannot hold.
     """
+    headers: dict[str, str] = {}
     if media == "application/x-safetensors":
-        parts = _safetensors(images, options, source)
-    elif media == "application/x-npy":
-        parts = _npy(images, options, source)
+        parts = _safetensors(answers, source)
+    elif media == "application/json":
+        parts = _json(answers, source)
     else:
-        parts = _json(images, options, source)
+        parts, headers = _single_array(media, answers, source)
     # A system call per part costs more than copying a small answer into one.
-    return [b"".join(parts)] if sum(map(len, parts)) < _JOIN_BYTES else parts
+    joined: list[Part] = [b"".join(parts)] if sum(map(len, parts)) < _JOIN_BYTES else parts
+    return joined, headers
 
 
-def tensor_name(image: int, layer: int, source: Source) -> str:
-    """`features.0`, or `features.0.layer11` when there are several layers; also of boxes."""
-    suffix = f".layer{layer}" if len(source.layers) > 1 else ""
-    return f"features.{image}{suffix}"
+def frame(answer: Answer, source: Source) -> list[Part]:
+    """One frame of `application/x-refinery-frames`: its length, then a safetensors file."""
+    parts = _safetensors([answer], source, {"index": str(answer.index)})
+    return [struct.pack("<Q", sum(map(len, parts))), *parts]
 
 
-def _describe(image: ImageFeatures, options: FeatureOptions, source: Source) -> dict[str, object]:
-    description: dict[str, object] = {
-        "grid": image.grid,
-        "original_size": image.original,
-        "resized_to": image.resized,
-        "affine": patch_affine(image.original, image.resized, source.patch_size),
-    }
-    if options.boxes is not None:
-        description["num_boxes"] = len(image.arrays[0])
-    return description
-
-
-def _bytes(array: Array) -> memoryview:
-    """Its memory; unlike `array.data.cast("B")` also of an array without elements."""
-    return array.reshape(-1).view(np.uint8).data
+def _bytes(tensor: Tensor) -> memoryview:
+    """Its memory; of a tensor without elements too."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _safetensors(
-    images: Sequence[ImageFeatures], options: FeatureOptions, source: Source
+    answers: Sequence[Answer], source: Source, more: Mapping[str, str] | None = None
 ) -> list[Part]:
-    metadata = {
-        "model": source.model,
-        "model_digest": source.digest,
-        "patch_size": str(source.patch_size),
-        "layers": orjson.dumps(source.layers).decode(),
-        "dtype": options.dtype,
-        "layout": options.layout,
-        "normalize": "true" if options.normalize else "false",
-        "images": orjson.dumps([_describe(image, options, source) for image in images]).decode(),
-    }
-    if options.boxes is not None:
-        metadata["box_size"] = str(options.box_size)
+    metadata = {key: _text(value) for key, value in source.describe().items()}
+    metadata["images"] = _text([source.describe_image(answer) for answer in answers])
+    metadata |= more or {}
+    for answer in answers:
+        if isinstance(answer, ImageFailure) and more is not None:
+            metadata["error"] = _text(answer.describe()["error"])
     header: dict[str, object] = {"__metadata__": metadata}
+    tensors = [
+        (source.name(part, answer.index), part.tensor)
+        for answer in answers
+        if isinstance(answer, ImageAnswer)
+        for part in answer.image.parts
+    ]
     parts: list[Part] = []
     offset = 0
-    for index, image in enumerate(images):
-        for layer, array in zip(source.layers, image.arrays, strict=True):
-            header[tensor_name(index, layer, source)] = {
-                "dtype": _SAFETENSORS_DTYPES[options.dtype],
-                "shape": array.shape,
-                "data_offsets": (offset, offset + array.nbytes),
-            }
-            offset += array.nbytes
-            parts.append(_bytes(array))
+    # The widest numbers first: then each tensor begins on a whole number of its values.
+    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):
+        data = _bytes(tensor)
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": tuple(tensor.shape),
+            "data_offsets": (offset, offset + len(data)),
+        }
+        offset += len(data)
+        parts.append(data)
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)  # readers map the tensors: keep them aligned
     return [struct.pack("<Q", len(text)) + text, *parts]
 
 
-def _npy(images: Sequence[ImageFeatures], options: FeatureOptions, source: Source) -> list[Part]:
-    """One array [images, *layout]; with boxes as many for each image."""
-    if len(source.layers) > 1:
-        raise InvalidOptionError(
-            f"{len(source.layers)} layers do not fit one npy array; ask for one layer, or for "
-            "Accept: application/x-safetensors"
-        )
-    arrays = [image.arrays[0] for image in images]
-    shapes = {array.shape for array in arrays}
+def _single_array(
+    media: MediaType, answers: Sequence[Answer], source: Source
+) -> tuple[list[Part], dict[str, str]]:
+    """One array [images, *layout] of equal images; with boxes as many for each image."""
+    tensors = [
+        answer.image.parts[0].tensor for answer in answers if isinstance(answer, ImageAnswer)
+    ]
+    shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise InvalidOptionError(
-            f"features of {len(shapes)} shapes do not fit one npy array; give a size of "
+            f"features of {len(shapes)} shapes do not fit one {_short(media)}; give a size of "
             "[height, width] and as many boxes for each image, or ask for "
             "Accept: application/x-safetensors"
         )
+    options = source.options
     # nchw arrays bring their image axis with them.
-    has_image_axis = options.layout == "nchw" and options.boxes is None
-    shape = arrays[0].shape if has_image_axis else (1, *arrays[0].shape)
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head,
-        {
-            "descr": np.lib.format.dtype_to_descr(arrays[0].dtype),
-            "fortran_order": False,
-            "shape": (len(arrays), *shape[1:]),
-        },
-    )
-    return [head.getvalue(), *(_bytes(array) for array in arrays)]
-
-
-def _json(images: Sequence[ImageFeatures], options: FeatureOptions, source: Source) -> list[Part]:
-    document: dict[str, object] = {
-        "model": source.model,
-        "model_digest": source.digest,
-        "patch_size": source.patch_size,
-        "dtype": options.dtype,
-        "layout": options.layout,
-        "normalize": options.normalize,
-        "images": [
-            {
-                **_describe(image, options, source),
-                "features": [
-                    {
-                        "layer": layer,
-                        "shape": array.shape,
-                        "data": base64.b64encode(_bytes(array)).decode("ascii"),
-                    }
-                    for layer, array in zip(source.layers, image.arrays, strict=True)
-                ],
-            }
-            for image in images
-        ],
+    has_image_axis = options.layout == "nchw" and options.boxes is None and options.pool != "mean"
+    (shape,) = shapes
+    whole = (len(tensors), *(shape[1:] if has_image_axis else shape))
+    described = source.describe()
+    described["images"] = [source.describe_image(answer) for answer in answers]
+    headers = {
+        "x-shape": ",".join(map(str, whole)),
+        "x-dtype": options.dtype,
+        # Images are at most as many as a request may have: a few KB of header for most.
+        "x-features": _text(described["images"]) if len(answers) <= 8 else "",
     }
-    if options.boxes is not None:
-        document["box_size"] = options.box_size
-    return [orjson.dumps(document)]
+    data: list[Part] = [_bytes(tensor) for tensor in tensors]
+    if media == "application/octet-stream":
+        return data, headers
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file,
+        {"descr": _NUMPY_DTYPES[tensors[0].dtype], "fortran_order": False, "shape": whole},
+    )
+    return [file.getvalue(), *data], headers
 
 
-class PartsResponse(Response):
-    """A response whose body is sent part by part, without joining the parts first."""
+def _json(answers: Sequence[Answer], source: Source) -> list[Part]:
+    images = []
+    for answer in answers:
+        described = source.describe_image(answer)
+        if isinstance(answer, ImageAnswer):
+            for part in answer.image.parts:
+                encoded = {
+                    "layer": source.layers[part.layer],
+                    "shape": tuple(part.tensor.shape),
+                    "dtype": _DTYPES[part.tensor.dtype],
+                    "data": base64.b64encode(_bytes(part.tensor)).decode("ascii"),
+                }
+                listed = described.setdefault(part.kind, [])
+                assert isinstance(listed, list)
+                listed.append(encoded)
+        images.append(described)
+    return [orjson.dumps({**source.describe(), "images": images})]
 
-    def __init__(self, parts: Sequence[Part], media_type: str, headers: dict[str, str]) -> None:
-        self._parts = parts
-        length = sum(len(part) for part in parts)
-        super().__init__(headers={**headers, "content-length": str(length)}, media_type=media_type)
 
-    async def __call__(
-        self,
-        scope: Scope,  # noqa: ARG002 - ASGI's signature
-        receive: Receive,  # noqa: ARG002
-        send: Send,
-    ) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
-        last = len(self._parts) - 1
-        for number, part in enumerate(self._parts):
-            await send({"type": "http.response.body", "body": part, "more_body": number < last})
+def _text(value: object) -> str:
+    """A value of safetensors' metadata, which is text: strings as they are, the rest as JSON."""
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def _short(media: MediaType) -> str:
+    return media.split("/")[1].removeprefix("x-")

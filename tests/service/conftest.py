@@ -52,17 +52,18 @@ class WatchedEncoder:
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.fails = lambda _: False
+        self.error = RuntimeError("planted failure")
 
     def __getattr__(self, name):
         return getattr(self._encoder, name)
 
-    def encode(self, images, *, layers=(-1,)):
+    def encode(self, images, **options):
         self.batches.append(tuple(images.shape))
         self.entered.release()
         assert self.gate.wait(10)
         if self.fails(images):
-            raise RuntimeError("planted failure")
-        return self._encoder.encode(images, layers=layers)
+            raise self.error
+        return self._encoder.encode(images, **options)
 
     def hold(self):
         """Forget what warm-up did and let the next forward wait for `gate`."""

@@ -12,6 +12,9 @@ from safetensors.numpy import load
 
 from backbone import open_model
 from backbone.preprocess import decode_image, resize_image
+from service.bodies import REQUEST_TYPES
+from service.negotiation import MEDIA_TYPES
+from service.options import FeatureOptions
 from tests.support import encoded, noise_image
 
 PNG = {"content-type": "image/png"}
@@ -72,7 +75,7 @@ def test_the_answer_says_what_it_is(client):
     assert about["model_digest"] == response.headers["x-model-digest"]
     assert response.headers["content-type"] == "application/x-safetensors"
     stages = [part.split(";")[0] for part in response.headers["server-timing"].split(", ")]
-    assert stages == ["read", "decode", "queue", "forward", "encode"]
+    assert stages == ["read", "cache", "decode", "queue", "forward", "encode"]
 
 
 def test_the_three_kinds_of_body_give_the_same_features(client):
@@ -165,8 +168,8 @@ def test_the_clients_request_id_is_kept_if_it_is_fit_for_a_log(client):
         ({"dtype": "float8"}, "invalid_option", "did you mean 'float"),
         ({"size": "100,100"}, "invalid_option", "ask for 96x96"),
         ({"size": "7"}, "invalid_option", "16 px or more"),
-        ({"size": "100000"}, "invalid_option", "8192 are allowed"),
-        ({"size": "999999999"}, "invalid_option", "8192 are allowed"),
+        ({"size": "4096"}, "invalid_option", "8192 are allowed"),
+        ({"size": "999999999"}, "invalid_option", "4096 are allowed"),
         ({"layers": "2"}, "invalid_option", "-2 to 1"),
         ({"layers": "-3"}, "invalid_option", "-2 to 1"),
         ({"layers": "-1,1"}, "invalid_option", "twice"),
@@ -178,7 +181,7 @@ def test_impossible_options_are_refused(client, query, code, message):
 
 
 def test_an_accept_that_is_not_offered_is_refused(client):
-    fault(post(client, headers=PNG | {"accept": "image/png"}), 406, "not_acceptable")
+    fault(post(client, headers=PNG | {"accept": "text/html"}), 406, "not_acceptable")
 
 
 @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": ""}])
@@ -190,6 +193,7 @@ def test_bytes_that_are_no_image_are_refused_with_their_index(client):
     broken = encoded(noise_image(64, 64), "JPEG")[:-900]
 
     assert fault(post(client, b"%PDF-1.7"), 415, "unsupported_image")["index"] == 0
+    # The second is damaged behind its header, the third is no image at all: the first one counts.
     files = [("images", PHOTO), ("images", broken), ("images", b"nothing")]
     response = client.post("/features", files=files)
     assert fault(response, 422, "undecodable_image")["index"] == 1
@@ -273,9 +277,10 @@ def test_metrics_count_requests_images_stages_and_errors(serve):
     assert 'refinery_requests_total{route="/features",status="200"} 2.0' in text
     assert 'refinery_requests_total{route="/features",status="415"} 1.0' in text
     assert 'refinery_requests_total{route="other",status="404"} 1.0' in text
-    assert "refinery_images_total 3.0" in text
+    assert "refinery_images_total 2.0" in text  # the third came from the cache
     assert 'refinery_errors_total{code="unsupported_image"} 1.0' in text
     assert 'refinery_stage_seconds_count{stage="forward"} 2.0' in text
+    assert 'refinery_cache_lookups_total{result="hit",tier="memory"} 1.0' in text
     assert "refinery_requests_in_flight 0.0" in text
 
 
@@ -284,18 +289,11 @@ def test_openapi_names_every_error_option_and_format(client):
 
     operation = document["paths"]["/features"]["post"]
     names = [parameter["name"] for parameter in operation["parameters"]]
-    assert names == ["size", "layers", "dtype", "layout", "normalize", "boxes", "box_size"]
-    assert set(operation["responses"]) == {"200", "400", "406", "413", "415", "422", "500", "503"}
+    headers = ["x-deadline-ms", "x-request-id", "if-none-match"]
+    assert names == [*FeatureOptions.model_fields, *headers]
+    answers = ["400", "401", "403", "404", "406", "408", "413", "415", "422", "429", "431"]
+    assert set(operation["responses"]) == {"200", "304", *answers, "500", "502", "503", "504"}
     assert "`too_many_images`" in operation["responses"]["413"]["description"]
-    assert set(operation["requestBody"]["content"]) == {
-        "image/*",
-        "application/octet-stream",
-        "multipart/form-data",
-        "application/json",
-    }
-    assert set(operation["responses"]["200"]["content"]) == {
-        "application/x-safetensors",
-        "application/x-npy",
-        "application/json",
-    }
+    assert set(operation["requestBody"]["content"]) == set(REQUEST_TYPES)
+    assert set(operation["responses"]["200"]["content"]) == set(MEDIA_TYPES)
     assert client.get("/docs").status_code == 200

@@ -7,6 +7,7 @@ import torch
 from service.batcher import Batcher, BatcherClosedError, QueuedImage
 from service.boxes import Regions
 from service.metrics import Metrics
+from tests.service.plans import plan
 
 SMALL, LARGE = (32, 32), (32, 48)
 
@@ -23,7 +24,8 @@ def batcher():
 
 
 def image(size=SMALL, tokens=4, layers=(11,), regions=None):
-    return QueuedImage(torch.zeros(3, *size, dtype=torch.uint8), layers, tokens, regions)
+    pixels_3hw = torch.zeros(3, *size, dtype=torch.uint8)
+    return QueuedImage(pixels_3hw, plan(size, layers), tokens, regions)
 
 
 def regions(num_boxes, box_size=1, normalize=False):
@@ -112,6 +114,17 @@ def test_an_image_in_a_batch_cannot_be_cancelled_any_more(batcher):
     batcher.next_batch()
 
     assert not first.future.cancel()
+
+
+def test_without_waiting_an_empty_queue_gives_nothing(batcher):
+    assert batcher.next_batch(wait=False) is None
+
+
+def test_a_batch_of_cancelled_images_alone_is_no_batch(batcher):
+    first, other = submit(batcher, image(), image(LARGE))
+    first.future.cancel()
+
+    assert batcher.next_batch() == [other]
 
 
 def test_an_idle_engine_sleeps_until_an_image_comes(batcher):

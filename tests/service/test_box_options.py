@@ -10,6 +10,9 @@ from safetensors.numpy import load
 from tests.service.box_requests import OTHER, PHOTO, PNG, fault, post, post_json
 
 
+TOO_MANY = "too_many_boxes"
+
+
 @pytest.mark.parametrize(
     "written",
     [
@@ -37,7 +40,8 @@ def test_an_image_may_have_no_boxes(client, boxes):
 
     assert load(response.content)["features.0"].shape == (0, 2, 2, 32)
     in_json = post_json(client, [PHOTO], {"accept": "application/json"}, boxes=boxes)
-    assert in_json.json()["images"][0]["features"][0] == {"layer": 1, "shape": [0, 32], "data": ""}
+    (sent,) = in_json.json()["images"][0]["features"]
+    assert sent == {"layer": 1, "shape": [0, 32], "dtype": "F16", "data": ""}
     in_npy = post_json(client, [PHOTO], {"accept": "application/x-npy"}, boxes=boxes)
     assert np.load(io.BytesIO(in_npy.content)).shape == (1, 0, 32)
 
@@ -129,9 +133,11 @@ def test_boxes_and_their_vectors_are_limited(serve):
         three = [[0, 0, 9, 9]] * 3
         assert post_json(client, [PHOTO, OTHER], boxes=[three, three]).status_code == 200
 
-        many = fault(post_json(client, [PHOTO, OTHER], boxes=[[], [[0, 0, 9, 9]] * 4]))
-        large = fault(post_json(client, [PHOTO], boxes=three, box_size=2))
-        layers = fault(post_json(client, [PHOTO, OTHER], boxes=[three, three], layers=[0, 1]))
+        many = fault(post_json(client, [PHOTO, OTHER], boxes=[[], [[0, 0, 9, 9]] * 4]), TOO_MANY)
+        large = fault(post_json(client, [PHOTO], boxes=three, box_size=2), TOO_MANY)
+        layers = fault(
+            post_json(client, [PHOTO, OTHER], boxes=[three, three], layers=[0, 1]), TOO_MANY
+        )
         lists = fault(post_json(client, [PHOTO], boxes=[[0, 0, 9, 9]] * 60))
 
     assert (limits["max_image_boxes"], limits["max_box_vectors"]) == (3, 10)

@@ -164,11 +164,12 @@ def test_images_with_and_without_boxes_that_wait_together_keep_to_themselves(
     serve, watched_encoder
 ):
     kinds = [{}, {"boxes": "0,0,60,60"}] * 2 + [{"boxes": "0,0,60,60", "box_size": 2}]
+    kinds = [kind | {"cache": "bypass"} for kind in kinds]
 
     with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(8) as threads:
         alone = [load(post(client, **kind).content)["features.0"] for kind in kinds]
         watched_encoder.hold()
-        first = threads.submit(post, client)
+        first = threads.submit(post, client, cache="bypass")
         watched_encoder.wait_until_held()
         rest = [threads.submit(post, client, **kind) for kind in kinds]
         wait_for_queue(client, len(kinds))
@@ -224,19 +225,21 @@ def test_boxes_on_a_wide_low_grid_take_little_memory():
 def test_boxes_are_counted(serve):
     with serve() as client:
         post(client, boxes=query_of(BOXES))
+        post(client, boxes=query_of(BOXES), cache="refresh")
         post(client)
         text = client.get("/metrics").text
 
-    assert "refinery_boxes_total 5.0" in text
+    assert "refinery_boxes_total 10.0" in text
 
 
 def test_boxes_of_many_requests_share_a_batch(serve, watched_encoder):
     with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(8) as threads:
-        alone = [load(post(client, boxes=query_of([box])).content)["features.0"] for box in BOXES]
+        queries = [{"boxes": query_of([box]), "cache": "bypass"} for box in BOXES]
+        alone = [load(post(client, **query).content)["features.0"] for query in queries]
         watched_encoder.hold()
-        first = threads.submit(post, client)
+        first = threads.submit(post, client, cache="bypass")
         watched_encoder.wait_until_held()
-        rest = [threads.submit(post, client, boxes=query_of([box])) for box in BOXES]
+        rest = [threads.submit(post, client, **query) for query in queries]
         wait_for_queue(client, len(BOXES))
         watched_encoder.gate.set()
         first.result()

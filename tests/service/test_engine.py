@@ -1,29 +1,35 @@
 import logging
 import threading
+import time
 
 import pytest
 import torch
 
+from backbone import DenseFeatures
 from service.batcher import Batcher, QueuedImage
+from service.encoding import spurious_scores
 from service.engine import Engine
-from service.errors import EncodingFailedError
+from service.errors import EncodingFailedError, NotReadyError
 from service.metrics import Metrics
+from tests.service.plans import plan, served_model
 
 
 class Fixture:
-    def __init__(self, open_encoder):
+    def __init__(self, encoder):
         self.metrics = Metrics()
         self.batcher = Batcher(self.metrics, batch_tokens=1000, batch_box_vectors=1000)
-        self.ready = threading.Event()
+        self.model = served_model(encoder)
         self.failure = None
         self.failed = threading.Event()
+        self.rates = []
         self.engine = Engine(
-            "test",
-            open_encoder,
+            0,
+            "cpu",
             self.batcher,
             self.metrics,
             num_threads=1,
-            on_ready=self.ready.set,
+            models=list,
+            on_batch=lambda tokens, seconds: self.rates.append((tokens, seconds)),
             on_failure=self._fail,
         )
         self.engine.start()
@@ -33,7 +39,8 @@ class Fixture:
         self.failed.set()
 
     def submit(self, seed, layers=(1,)):
-        return self.batcher.submit(QueuedImage(pixels(seed), layers, 10))
+        wanted = plan((64, 64), layers, self.model)
+        return self.batcher.submit(QueuedImage(pixels(seed), wanted, 10))
 
 
 def pixels(seed):
@@ -43,17 +50,11 @@ def pixels(seed):
 
 @pytest.fixture
 def engine(watched_encoder):
-    fixture = Fixture(lambda: watched_encoder)
-    assert fixture.ready.wait(30)
+    fixture = Fixture(watched_encoder)
     yield fixture
     watched_encoder.gate.set()
     fixture.batcher.close()
     fixture.engine.join(10)
-
-
-def test_ready_means_that_a_forward_has_run(engine, watched_encoder):
-    assert engine.engine.is_ready
-    assert watched_encoder.batches
 
 
 def test_images_that_come_during_a_batch_share_the_next_one(engine, watched_encoder):
@@ -64,7 +65,7 @@ def test_images_that_come_during_a_batch_share_the_next_one(engine, watched_enco
     rest = [engine.submit(seed) for seed in (1, 2, 3)]
     watched_encoder.gate.set()
 
-    assert [future.result(10).batch_images for future in [first, *rest]] == [1, 3, 3, 3]
+    assert all(future.result(10) for future in [first, *rest])
     assert watched_encoder.batches == [(1, 3, 64, 64), (3, 3, 64, 64)]
 
 
@@ -77,9 +78,9 @@ def test_every_image_of_a_batch_gets_its_own_features(engine, watched_encoder):
 
     for seed, future in enumerate([first, *rest]):
         layers = (1,) if seed == 0 else (0, 1)
-        alone = watched_encoder.encode(pixels(seed)[None], layers=layers)
-        for vectors, features in zip(future.result(10).vectors_VC, alone, strict=True):
-            torch.testing.assert_close(vectors, features.tokens[0])
+        alone = watched_encoder.encode(pixels(seed)[None], layers=layers, register_width=1)
+        for layer, features in zip(future.result(10).layers, alone, strict=True):
+            torch.testing.assert_close(layer.tokens_NC, features.tokens[0])
 
 
 def test_a_poisoned_image_fails_alone(engine, watched_encoder, caplog):
@@ -91,7 +92,7 @@ def test_a_poisoned_image_fails_alone(engine, watched_encoder, caplog):
     with caplog.at_level(logging.CRITICAL):
         good, bad = engine.submit(1), engine.submit(2)
         watched_encoder.gate.set()
-        assert good.result(10).batch_images == 1
+        assert good.result(10)
         assert isinstance(bad.exception(10), EncodingFailedError)
 
     assert first.result(10)
@@ -114,24 +115,98 @@ def test_every_waiter_hears_a_failed_forward_and_the_next_batch_runs(
     assert engine.submit(0).result(10)
 
 
-def test_a_model_that_cannot_be_loaded_is_reported(caplog):
-    def open_encoder():
-        raise ValueError("no such model")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_a_lost_device_ends_the_engine_and_everybody_hears_it(engine, watched_encoder, error):
+    watched_encoder.hold()
+    watched_encoder.error = error
+    watched_encoder.fails = lambda _: True
+    first = engine.submit(0)
+    watched_encoder.wait_until_held()
+    watched_encoder.gate.set()
 
-    with caplog.at_level(logging.CRITICAL):
-        fixture = Fixture(open_encoder)
-        assert fixture.failed.wait(10)
+    assert isinstance(first.exception(10), NotReadyError)
+    assert engine.failed.wait(10)
+    assert "is lost" in str(engine.failure)
+    engine.engine.join(10)
+    assert not engine.engine.is_alive
 
-    assert str(fixture.failure) == "no such model"
-    assert not fixture.engine.is_ready
+
+def test_memory_that_does_not_suffice_is_no_lost_device(engine, watched_encoder, caplog):
+    watched_encoder.hold()
+    watched_encoder.error = torch.OutOfMemoryError("CUDA out of memory")
+    watched_encoder.fails = lambda images: len(images) > 1
+    first = engine.submit(0)
+    watched_encoder.wait_until_held()
+    rest = [engine.submit(seed) for seed in (1, 2)]
+    watched_encoder.gate.set()
+
+    assert all(future.result(10) for future in [first, *rest])
+    assert engine.metrics.out_of_memory._value.get() == 1
+    assert engine.engine.is_alive
 
 
-def test_a_model_with_values_that_are_not_finite_does_not_get_ready(watched_encoder, caplog):
-    with torch.no_grad():
-        watched_encoder.backbone.vit.norm.weight.fill_(float("nan"))
+def test_a_busy_engine_tells_for_how_long_and_a_waiting_one_does_not(engine, watched_encoder):
+    assert engine.engine.busy_seconds == 0.0
 
-    with caplog.at_level(logging.CRITICAL):
-        fixture = Fixture(lambda: watched_encoder)
-        assert fixture.failed.wait(10)
+    watched_encoder.hold()
+    first = engine.submit(0)
+    watched_encoder.wait_until_held()
+    time.sleep(0.02)
+    busy_seconds = engine.engine.busy_seconds
+    watched_encoder.gate.set()
+    first.result(10)
+    engine.submit(1).result(10)
 
-    assert "not finite" in str(fixture.failure)
+    assert busy_seconds >= 0.02
+    assert [tokens for tokens, _ in engine.rates][0] == 10
+
+
+def test_what_a_stuck_engine_works_on_can_be_answered_for_it(engine, watched_encoder, caplog):
+    watched_encoder.hold()
+    first = engine.submit(0)
+    watched_encoder.wait_until_held()
+
+    engine.engine.abandon(NotReadyError("stuck"))
+
+    assert isinstance(first.exception(1), NotReadyError)
+    watched_encoder.gate.set()
+    assert engine.submit(1).result(10)
+
+
+def test_features_do_not_hold_on_to_those_of_their_batch(engine, watched_encoder):
+    watched_encoder.hold()
+    engine.submit(0)
+    watched_encoder.wait_until_held()
+    rest = [engine.submit(seed) for seed in (1, 2, 3)]
+    watched_encoder.gate.set()
+
+    tokens_NC = rest[0].result(10).layers[0].tokens_NC
+
+    assert tokens_NC.untyped_storage().nbytes() == tokens_NC.nbytes
+
+
+def test_spurious_scores_are_the_cosine_to_the_nearest_register_and_the_length():
+    generator = torch.Generator().manual_seed(0)
+    tokens_1NC = torch.randn(1, 6, 8, generator=generator)
+    tokens_1NC[0, 2] *= 10
+    registers_1RC = torch.randn(1, 3, 8, generator=generator)
+    registers_1RC[0, 1] = 2 * tokens_1NC[0, 4]
+    features = DenseFeatures(tokens_1NC, (2, 3), 16, tokens_1NC[:, :0], registers_1RC)
+
+    scores_N2 = spurious_scores(features)[0]
+
+    cosines_NR = torch.nn.functional.cosine_similarity(
+        tokens_1NC[0][:, None], registers_1RC[0][None], dim=-1
+    )
+    torch.testing.assert_close(scores_N2[:, 0], cosines_NR.amax(dim=1))
+    assert scores_N2[4, 0] == pytest.approx(1.0)
+    norms_N = tokens_1NC[0].norm(dim=-1)
+    expected_N = (norms_N - norms_N.mean()) / norms_N.std(correction=0)
+    torch.testing.assert_close(scores_N2[:, 1], expected_N)
+    assert scores_N2[:, 1].argmax() == 2

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import psutil
 import pytest
 from safetensors.numpy import load
 
+from service.keys import key_line
+from tests.service.small_service import RunningServer, read_all, running, small_app
 from tests.support import data_folder, encoded, noise_image, tiny_artifact
 
 PNG = {"content-type": "image/png"}
@@ -254,6 +257,8 @@ def test_a_second_signal_stops_at_once(server_process):
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--model", "m", "--host", "0.0.0.0"], "--insecure"),
         (["--model", "m", "--batch-tokens", "1"], "--batch-tokens"),
+        (["--model", "m", "--api-key-file", "/no/such/file"], "/no/such/file"),
+        (["--model", "m", "--cors-origins", "*"], "--cors-origins"),
         ([], "--model"),
     ],
 )
@@ -295,4 +300,166 @@ def test_print_config_shows_flags_variables_and_defaults(monkeypatch):
 
     config = json.loads(run_service("--model", "m", "--print-config").stdout)
 
-    assert (config["model"], config["port"], config["max_images"]) == ("m", 8100, 32)
+    assert (config["model"], config["port"], config["max_images"]) == (["m"], 8100, 32)
+
+
+def test_settings_that_cannot_work_are_json_where_the_log_is(tmp_path):
+    (tmp_path / "keys").write_text("alice not-a-hash\n")
+
+    result = run_service(
+        "--model", "m", "--log-format", "json", "--api-key-file", str(tmp_path / "keys")
+    )
+
+    assert result.returncode == 2
+    document = json.loads(result.stderr.splitlines()[-1])
+    assert document["level"] == "critical"
+    assert "line 1" in document["message"]
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_that_is_taken_ends_the_start(artifact, flag):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+
+        result = run_service("--model", str(artifact), "--port", "0", flag, port)
+
+    assert result.returncode == 2
+    assert "address already in use" in result.stderr
+
+
+def test_every_line_of_a_json_log_is_an_object_and_a_request_has_its_own(server_process):
+    server = server_process("--log-format", "json", "--log-level", "debug")
+    headers = {**PNG, "x-request-id": "find-me"}
+
+    post(server, headers=headers)
+    post(server, b"no image", headers=headers)
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+
+    documents = [json.loads(line) for line in server.log.read_text().splitlines()]
+    answers = [
+        (document["path"], document["status"])
+        for document in documents
+        if document.get("request_id") == "find-me" and "status" in document
+    ]
+    assert [path for path, _ in answers] == ["/features"] * 2
+    assert answers[0][1] == 200
+    assert 400 <= answers[1][1] < 500
+    assert {"timestamp", "level", "logger", "message"} <= documents[0].keys()
+
+
+def test_keys_guard_a_served_model_and_change_without_a_restart(server_process, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(key_line("alice", "alice-0123456789abcdef", is_admin=False))
+    server = server_process("--api-key-file", str(keys))
+    alice = {**PNG, "authorization": "Bearer alice-0123456789abcdef"}
+    bob = {**PNG, "x-api-key": "bob-0123456789abcdef"}
+
+    assert post(server).status_code == 401
+    assert post(server, headers=alice).status_code == 200
+    assert post(server, headers=bob).status_code == 401
+    keys.write_text(key_line("bob", "bob-0123456789abcdef", is_admin=False))
+    wait_for(lambda: post(server, headers=bob).status_code == 200, 5)
+    assert post(server, headers=alice).status_code == 401
+
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    assert "key=alice" in server.log.read_text()
+    assert "0123456789abcdef" not in server.log.read_text()
+
+
+def test_a_request_that_cannot_be_answered_in_time_gets_a_504(server):
+    response = post(server, headers={**PNG, "x-deadline-ms": "1"})
+
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+
+
+# Below, the edge around routes without a model.
+
+
+def metrics_url(caplog):
+    lines = (record.getMessage() for record in caplog.records)
+    return next(match[1] for line in lines if (match := re.fullmatch(r"metrics on (.+)", line)))
+
+
+def test_metrics_have_a_port_of_their_own_that_needs_no_key(tmp_path, caplog):
+    caplog.set_level("INFO")
+    keys = tmp_path / "keys"
+    keys.write_text(key_line("alice", "alice-0123456789abcdef", is_admin=False))
+
+    with running(small_app(metrics_port=0, api_key_file=keys)) as server:
+        url = metrics_url(caplog)
+        httpx.get(server.url + "/info")
+        answer = httpx.get(url)
+        elsewhere = httpx.get(url.replace("/metrics", "/features"))
+        posted = httpx.post(url)
+
+    assert answer.status_code == 200
+    assert 'refinery_requests_total{route="other",status="401"} 1.0' in answer.text
+    assert (elsewhere.status_code, elsewhere.json()["error"]["code"]) == (404, "not_found")
+    assert (posted.status_code, posted.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+def ask_in_thread(server, path):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(server.url + path)))
+    thread.start()
+    wait_for(lambda: server.service.in_flight > 0)
+    return thread, answers
+
+
+def test_requests_in_flight_hear_of_a_stuck_engine_before_the_process_ends():
+    server = RunningServer(small_app())
+    thread, answers = ask_in_thread(server, "/features?wait=60")
+
+    server.service.is_stuck = True
+    thread.join(10)
+    server.thread.join(10)
+
+    assert not server.thread.is_alive()
+    assert server.server.exit_status == 1
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "not_ready")
+
+
+def test_a_request_that_outlasts_the_drain_gets_a_503():
+    server = RunningServer(small_app(drain_seconds=0.2))
+    thread, answers = ask_in_thread(server, "/features?wait=60")
+
+    server.server.handle_exit(15, None)
+    thread.join(10)
+    server.thread.join(10)
+
+    assert not server.thread.is_alive()
+    assert server.server.exit_status == 1
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "draining")
+
+
+def test_a_request_that_ends_within_the_drain_is_answered():
+    server = RunningServer(small_app(drain_seconds=10))
+    thread, answers = ask_in_thread(server, "/features?wait=0.5")
+
+    server.server.handle_exit(15, None)
+    while_draining = httpx.get(server.url + "/livez").status_code
+    thread.join(10)
+    server.thread.join(10)
+
+    assert not server.thread.is_alive()
+    assert (while_draining, answers[0].status_code) == (200, 200)
+    assert server.server.exit_status == 0
+
+
+def test_a_second_signal_does_not_wait_for_clients_that_do_not_read():
+    server = RunningServer(small_app(drain_seconds=60))
+    with server.connect() as connection:
+        connection.sendall(b"GET /large?mib=64 HTTP/1.1\r\nhost: a\r\n\r\n")
+        wait_for(lambda: server.connections() == 1)
+
+        server.server.handle_exit(15, None)
+        server.server.handle_exit(15, None)
+        server.thread.join(5)
+
+        assert not server.thread.is_alive()
+        assert len(read_all(connection)) < 64 * MIB

@@ -1,30 +1,89 @@
 import pytest
 
 from kernels import dispatch
-from service.settings import (
-    KERNELS_VARIABLE,
-    Settings,
-    SettingsError,
-    load_settings,
-    parse_arguments,
-)
+from service.command_line import KERNELS_VARIABLE, load_settings, parse_arguments
+from service.settings import Settings, SettingsError
+
+
+CHOSEN = {
+    "model": "a=one,two",
+    "weights": "w.pt",
+    "random_weights": "true",
+    "device": "cpu",
+    "precision": "fp32",
+    "host": "::1",
+    "insecure": "1",
+    "api_key_file": "keys",
+    "cors_origins": "https://a.example,https://b.example",
+    "allow_url_hosts": "images.example",
+    "url_seconds": "9",
+    "max_url_redirects": "9",
+    "buckets": "448x448,448x672",
+    "only_buckets": "true",
+    "cuda_graphs": "off",
+    "jpeg_decoder": "nvjpeg",
+    "decode_threads": "9",
+    "torch_threads": "9",
+    "cache": "redis://localhost:6379/0",
+    "cache_password_file": "password",
+    "cache_ca_file": "ca.pem",
+    "log_level": "error",
+    "log_format": "json",
+    "otlp_endpoint": "http://localhost:4318",
+}
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_field_can_be_set_by_its_variable(name):
-    chosen = {"weights": "w.pt", "random_weights": "true", "device": "cpu", "precision": "fp32"}
-    chosen |= {"host": "::1", "insecure": "1", "log_level": "error", "model": "other"}
-    chosen |= {"decode_threads": "9", "torch_threads": "9"}
-    value = chosen.get(name, "9999")
+    value = CHOSEN.get(name, "9999")
 
     settings = load_settings({} if name == "model" else {"model": "m"}, variable(name, value))
 
-    assert str(getattr(settings, name)) in (value, value.capitalize(), "True", "9999.0")
+    read = getattr(settings, name)
+    shown = ",".join(read) if isinstance(read, tuple) else str(read)
+    assert shown in (value, value.capitalize(), "True", f"{value}.0")
+    assert read != Settings.model_fields[name].default
 
 
 def variable(name, value):
     extra = {"REFINERY_BATCH_TOKENS": "16384"} if name == "max_image_tokens" else {}
     return {f"REFINERY_{name.upper()}": value} | extra
+
+
+def test_models_are_named_by_the_operator_or_by_their_last_part():
+    settings = parse_arguments(
+        ["--model", "models/demo", "--model", "raw=models/demo-pretrained", "--model", "a/b@c"], {}
+    ).settings
+
+    assert settings.models == {
+        "demo": "models/demo",
+        "raw": "models/demo-pretrained",
+        "b-c": "a/b@c",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "a/x", "--model", "b/x"], "two models are called 'x'"),
+        (["--model", "a", "--model", "b", "--random-weights"], "go with one --model"),
+        (["--model", "a", "--buckets", "448"], "write height x width"),
+        (["--model", "a", "--max-queue-tokens", "7"], "less than max_image_tokens 8192"),
+        (["--model", "a", "--cache", "memcached://x"], "--cache"),
+        (["--model", "a", "--jpeg-decoder", "gpu"], "--jpeg-decoder"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_arguments(flags, {})
+
+
+def test_other_machines_may_reach_the_service_with_keys_or_insecure():
+    with pytest.raises(SettingsError, match="give --api-key-file"):
+        parse_arguments(["--model", "m", "--host", "0.0.0.0"], {})
+
+    assert parse_arguments(["--model", "m", "--host", "0.0.0.0", "--insecure"], {})
+    assert parse_arguments(["--model", "m", "--host", "0.0.0.0", "--api-key-file", "keys"], {})
 
 
 def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default():
@@ -49,7 +108,7 @@ def test_an_unknown_variable_is_refused_with_the_nearest_name():
 
 def test_the_kernels_own_variable_is_known_and_left_to_them():
     assert KERNELS_VARIABLE == dispatch.MODE_VARIABLE
-    assert load_settings({"model": "m"}, {KERNELS_VARIABLE: "reference"}).model == "m"
+    assert load_settings({"model": "m"}, {KERNELS_VARIABLE: "reference"}).model == ("m",)
 
     with pytest.raises(SettingsError, match="did you mean 'REFINERY_KERNELS'"):
         load_settings({"model": "m"}, {"REFINERY_KERNEL": "reference"})

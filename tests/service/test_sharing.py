@@ -34,8 +34,8 @@ def seed_image(seed):
     return encoded(noise_image(64, 64, seed))
 
 
-def features_of(client, image):
-    return load(post(client, image, dtype="float32").content)["features.0"]
+def features_of(client, image, cache="default"):
+    return load(post(client, image, dtype="float32", cache=cache).content)["features.0"]
 
 
 def gauge(client, name):
@@ -75,7 +75,7 @@ def test_the_company_of_an_image_changes_nothing_beyond_the_tolerance(serve, wat
     images = [seed_image(seed) for seed in range(12)]
     with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(12) as threads:
         alone = [features_of(client, image) for image in images]
-        together = list(threads.map(lambda image: features_of(client, image), images))
+        together = list(threads.map(lambda image: features_of(client, image, "bypass"), images))
         tolerance = client.get("/info").json()["tolerance"]
 
     assert max(batch[0] for batch in watched_encoder.batches) > 1
@@ -105,7 +105,7 @@ def test_a_fault_of_the_service_is_typed_and_logged_under_its_id(client, monkeyp
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("service.features.resolve_layers", broken)
+    monkeypatch.setattr("service.answering.resolve_layers", broken)
 
     error = fault(post(client), 500, "internal")
 
@@ -147,11 +147,11 @@ def test_a_draining_service_lives_but_takes_nothing(serve):
 def test_an_engine_that_dies_takes_liveness_with_it(serve, monkeypatch, caplog):
     with serve() as client:
         engine = client.app.state.service.engines[0]
-        monkeypatch.setattr(engine, "_answer", lambda _: 1 / 0)
+        monkeypatch.setattr(engine, "_finish", lambda _: 1 / 0)
 
         response = post_in_thread(client)
         wait_for(lambda: client.get("/livez").status_code == 503)
 
         fault(client.get("/readyz"), 503, "not_ready")
         assert response.result(10).status_code == 503
-    assert "the engine stopped" in caplog.text
+    assert "the engine on cpu stopped" in caplog.text

@@ -4,13 +4,18 @@ import time
 import pytest
 
 from service.boxes import BoxLimits
-from service.errors import InvalidOptionError, UnknownOptionError
-from service.schemas import FeatureOptions, parse_options
+from service.errors import (
+    InvalidOptionError,
+    TooManyBoxesError,
+    TooManyLayersError,
+    UnknownOptionError,
+)
+from service.options import FeatureOptions, OptionLimits, parse_options
 
 
 def parse(query, body=None, num_images=1):
-    limits = BoxLimits(max_image_boxes=1000, max_vectors=10_000)
-    return parse_options(query, body, num_images=num_images, box_limits=limits)
+    limits = OptionLimits(3, BoxLimits(max_image_boxes=1000, max_vectors=10_000))
+    return parse_options(query, body, num_images=num_images, limits=limits)
 
 
 def test_without_options_the_defaults_hold():
@@ -104,7 +109,7 @@ def test_an_option_given_twice_is_refused():
 def test_very_many_boxes_are_refused_before_they_are_read(boxes, message):
     started = time.thread_time()
 
-    with pytest.raises(InvalidOptionError, match=re.escape(message)):
+    with pytest.raises((InvalidOptionError, TooManyBoxesError), match=re.escape(message)):
         parse([], {"boxes": boxes})
 
     # A thousandth of a second here; a single pass over them takes a tenth, validating them seconds.
@@ -116,5 +121,74 @@ def test_boxes_of_all_images_are_counted_with_box_size_and_layers():
     options = {"boxes": [three, three], "box_size": 40}
 
     assert parse([], options, num_images=2).boxes == (((0.0, 0.0, 9.0, 9.0),) * 3,) * 2
-    with pytest.raises(InvalidOptionError, match="19200 vectors .* 10000 are allowed"):
+    with pytest.raises(TooManyBoxesError, match="19200 vectors .* 10000 are allowed"):
         parse([], options | {"layers": [0, 1]}, num_images=2)
+
+
+@pytest.mark.parametrize(
+    ("query", "name", "value"),
+    [
+        ("mean", "pool", "mean"),
+        ("none", "pool", "none"),
+        ("4", "pool", 4),
+        ("3", "project", 3),
+        ("0", "register_width", 0),
+        ("cls,spurious", "include", ("cls", "spurious")),
+        ('["cls"]', "include", ("cls",)),
+        ("refresh", "cache", "refresh"),
+        ("true", "partial", True),
+        ("other", "model", "other"),
+        ("int8", "dtype", "int8"),
+    ],
+)
+def test_every_option_reads_from_the_query_as_from_the_body(query, name, value):
+    body = {name: list(value) if isinstance(value, tuple) else value}
+
+    assert getattr(parse([(name, query)]), name) == getattr(parse([], body), name) == value
+
+
+def test_includes_may_be_repeated_but_not_doubled():
+    assert parse([("include", "cls"), ("include", "registers")]).include == ("cls", "registers")
+    with pytest.raises(InvalidOptionError, match="names one twice"):
+        parse([("include", "cls,cls")])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"pool": 0}, "pool"),
+        ({"pool": 65}, "pool"),
+        ({"pool": "max"}, "pool"),
+        ({"project": 0}, "project"),
+        ({"register_width": -1}, "register_width"),
+        ({"include": ["clss"]}, "did you mean 'cls'"),
+        ({"include": "cls"}, "include"),
+        ({"cache": "of"}, "cache"),
+        ({"model": "m" * 65}, "model"),
+        ({"partial": "true"}, "partial"),
+    ],
+)
+def test_an_impossible_value_of_a_newer_option_is_refused_by_name(body, message):
+    with pytest.raises(InvalidOptionError, match=message):
+        parse([], body)
+
+
+def test_more_layers_than_allowed_are_refused_with_their_own_error():
+    with pytest.raises(TooManyLayersError, match="4 layers, 3 are allowed"):
+        parse([("layers", "0,1,2,3")])
+
+
+@pytest.mark.parametrize("name", ["pool", "project"])
+def test_what_is_about_patches_does_not_go_with_boxes(name):
+    with pytest.raises(InvalidOptionError, match=f"{name!r} is about patches"):
+        parse([("boxes", "0,0,9,9"), (name, "2")])
+
+    assert parse([("boxes", "0,0,9,9"), ("pool", "none")]).boxes
+
+
+def test_shaping_options_are_those_that_change_an_answer_of_given_features():
+    shaping = parse([]).shaping()
+
+    assert set(shaping) | {"model", "size", "layers", "register_width", "cache", "partial"} == set(
+        FeatureOptions.model_fields
+    )

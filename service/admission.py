@@ -1,0 +1,99 @@
+"""How much work may wait: counted in patch tokens, for a whole request at once, before decoding.
+
+What is admitted holds its tokens until it is encoded or given up. The bound is a time at the rate
+that the engines were measured at, so a request that is admitted is also answered in about that
+time; one that is not hears when to come back.
+"""
+
+import math
+import threading
+
+from service.errors import OverloadedError
+from service.metrics import Metrics
+
+_RATE_WEIGHT = 0.2  # of the newest batch in the running mean
+_MAX_RETRY_SECONDS = 60
+
+
+class Admission:
+    """Counts tokens; `observe` may be called from any thread, the rest from the event loop's."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        queue_seconds: float,
+        max_tokens: int,
+        min_tokens: int,
+        num_engines: int,
+    ) -> None:
+        """
+        Args:
+            queue_seconds: Work that may wait, in seconds of the measured rate.
+            max_tokens: The bound in tokens, which then holds instead; 0: by `queue_seconds`.
+            min_tokens: Never a lower bound than this.
+            num_engines: Devices that share the work.
+        """
+        self._metrics = metrics
+        self._queue_seconds = queue_seconds
+        self._max_tokens = max_tokens
+        self._min_tokens = min_tokens
+        self._num_engines = num_engines
+        self._lock = threading.Lock()
+        self._engine_rate = 0.0
+        self.tokens = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Running mean over all engines; 0 before anything was measured."""
+        return self._engine_rate * self._num_engines
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that may be admitted at a time."""
+        if self._max_tokens:
+            return self._max_tokens
+        return max(self._min_tokens, int(self.tokens_per_second * self._queue_seconds))
+
+    def start_at(self, tokens_per_second: float) -> None:
+        """The rate of one engine before it has encoded anything: what the warm-up measured."""
+        with self._lock:
+            self._engine_rate = self._engine_rate or tokens_per_second
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """An engine has encoded `tokens` in `seconds`."""
+        rate = tokens / max(seconds, 1e-6)
+        with self._lock:
+            old = self._engine_rate
+            self._engine_rate = rate if old == 0.0 else old + _RATE_WEIGHT * (rate - old)
+        self._metrics.tokens_per_second.set(self.tokens_per_second)
+
+    def admit(self, tokens: int) -> None:
+        """Take in work of so many tokens; give them back with `release`.
+
+        A request that is larger than the bound is taken when nothing else is there: otherwise it
+        never would be.
+
+        Raises:
+            OverloadedError: too much is there already.
+        """
+        if self.tokens > 0 and self.tokens + tokens > self.limit:
+            excess = self.tokens + tokens - self.limit
+            rate = self.tokens_per_second
+            seconds = excess / rate if rate else 1.0
+            wait = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
+            self._metrics.rejected_tokens.inc(tokens)
+            raise OverloadedError(
+                f"{self.tokens} tokens are waiting, {self.limit} are allowed, and the request "
+                f"needs {tokens}; retry in {wait} s",
+                retry_seconds=wait,
+            )
+        self._change(tokens)
+
+    def release(self, tokens: int) -> None:
+        """Work of so many tokens is done, or nobody wants it any more."""
+        self._change(-tokens)
+
+    def _change(self, tokens: int) -> None:
+        self.tokens += tokens
+        self._metrics.admitted_tokens.set(self.tokens)

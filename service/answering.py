@@ -1,0 +1,382 @@
+"""The work for one request to `POST /features`, once its body has arrived."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import Response
+
+from backbone.errors import ImageError
+from backbone.preprocess import decode_image
+from service import errors, wire
+from service.bodies import BodyKind, ImageSource, ImageUrl, Payload, parse_payload
+from service.boxes import BoxLimits, regions_of
+from service.composing import MappedImage, finished, serialise
+from service.etags import etag_of, matches
+from service.finishing import num_values
+from service.lifecycle import FeatureService
+from service.metrics import Stage
+from service.models import ServedModel
+from service.negotiation import MediaType
+from service.options import FeatureOptions, OptionLimits, parse_options
+from service.pixels import Pixels
+from service.responses import FramesResponse, PartsResponse
+from service.work import Examined, Item, Outcome, examine, plan_item
+
+# Converting so few values takes 0.1 ms, less than the way to a thread that may be busy.
+_INLINE_VALUES = 65536
+# Lists of a JSON body that are no boxes: `images`, `boxes`, `size`, `layers`, and what is mistaken.
+_OTHER_LISTS = 16
+
+
+@dataclass(slots=True)
+class Stages:
+    """Seconds that a request spent in each stage."""
+
+    seconds: dict[Stage, float] = field(default_factory=dict)
+    _mark: float = field(default_factory=time.perf_counter)
+
+    def end(self, stage: Stage) -> None:
+        """The stage that began when the last one ended is over."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._mark
+        self._mark = now
+
+    def skip_to_now(self) -> None:
+        self._mark = time.perf_counter()
+
+    def header(self) -> str:
+        """The value of `Server-Timing`, in milliseconds."""
+        return ", ".join(f"{name};dur={value * 1e3:.2f}" for name, value in self.seconds.items())
+
+
+class FeatureRequest:
+    """The work for one request once its body has arrived."""
+
+    def __init__(
+        self,
+        service: FeatureService,
+        media: MediaType,
+        kind: BodyKind,
+        query: Sequence[tuple[str, str]],
+        *,
+        if_none_match: str | None,
+        deadline: float | None,
+        stages: Stages,
+    ) -> None:
+        """
+        Args:
+            query: Names and texts of the query parameters.
+            if_none_match: The header of that name.
+            deadline: Of the request, in the event loop's time; frames that are not done by then
+                carry an error. Other answers are cut off by the middleware.
+        """
+        self._service = service
+        self._media = media
+        self._kind = kind
+        self._query = query
+        self._if_none_match = if_none_match
+        self._deadline = deadline
+        self._stages = stages
+
+    async def answer(self, body: bytes) -> Response:
+        """
+        Raises:
+            ServiceError: whatever stands in the way.
+        """
+        payload = await self._parse(body)
+        options = await self._options(payload)
+        model = self._service.registry.find(options.model)
+        layers = resolve_layers(options.layers, model.encoder.backbone.depth)
+        wire.check_format(
+            self._media, options, num_images=len(payload.images), num_layers=len(layers)
+        )
+        source = wire.Source(model, layers, options)
+        planned = await self._plan(payload, options, model, layers)
+        items = [item for item in planned if isinstance(item, Item)]
+        num_channels = model.encoder.backbone.embed_dim
+        sent_values = len(layers) * sum(
+            num_values(options, _grid(item), item.regions, num_channels) for item in items
+        )
+        wire.check_response_size(self._media, sent_values, options)
+        failures = [item for item in planned if isinstance(item, wire.ImageFailure)]
+        etag = None if failures else etag_of(self._media, items, options)
+        if etag is not None and matches(self._if_none_match, etag):
+            self._service.metrics.not_modified.inc()
+            return Response(status_code=304, headers={"etag": etag, "vary": "accept"})
+        outcomes = await self._service.workshop.begin(items, options.cache)
+        headers = _headers(outcomes, etag)
+        if self._media == "application/x-refinery-frames":
+            frames = self._frames(outcomes, failures, source)
+            return FramesResponse(frames, headers, on_end=partial(_leave, outcomes))
+        self._stages.end("cache")
+        maps = await self._collect(outcomes, options)
+        self._stages.skip_to_now()
+        work = partial(serialise, self._media, [*maps, *failures], source)
+        if sent_values <= _INLINE_VALUES and self._media != "image/png" and not options.project:
+            parts, more = work()
+        else:
+            parts, more = await self._service.helpers.run(work)
+        self._stages.end("encode")
+        for stage, seconds in self._stages.seconds.items():
+            self._service.metrics.stage_seconds[stage].observe(seconds)
+        headers |= more | {"server-timing": self._stages.header()}
+        return PartsResponse(parts, self._media, headers)
+
+    async def _parse(self, body: bytes) -> Payload:
+        settings = self._service.settings
+        parse = partial(
+            parse_payload,
+            self._kind,
+            body,
+            max_images=settings.max_images,
+            # One for each box and each image's boxes, and those around them.
+            max_lists=settings.max_box_vectors + settings.max_images + _OTHER_LISTS,
+        )
+        return parse() if self._kind.form == "image" else await self._service.helpers.run(parse)
+
+    async def _options(self, payload: Payload) -> FeatureOptions:
+        settings = self._service.settings
+        parse = partial(
+            parse_options,
+            self._query,
+            payload.options,
+            num_images=len(payload.images),
+            limits=OptionLimits(
+                settings.max_layers,
+                BoxLimits(settings.max_image_boxes, settings.max_box_vectors),
+            ),
+        )
+        # A body may list as many boxes as are allowed, which takes a tenth of a second to read.
+        return await self._service.helpers.run(parse) if payload.options else parse()
+
+    async def _plan(
+        self,
+        payload: Payload,
+        options: FeatureOptions,
+        model: ServedModel,
+        layers: tuple[int, ...],
+    ) -> list[Item | wire.ImageFailure]:
+        """What each image costs, or why it cannot be had.
+
+        Raises:
+            ServiceError: about the first image that cannot, unless the request is `partial`.
+        """
+        fetched = await self._fetch(payload.images)
+        max_pixels = self._service.settings.max_image_pixels
+        examined = await self._service.helpers.run(_examine_all, fetched, max_pixels)
+        planned: list[Item | wire.ImageFailure] = []
+        for index, (image, found) in enumerate(zip(fetched, examined, strict=True)):
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                assert not isinstance(image, errors.ServiceError)
+                planned.append(self._item(index, image, found, options, model, layers))
+            except (ImageError, errors.ServiceError) as error:
+                if not self._lists_failures(options):
+                    await self._check_decodable(fetched[:index])
+                planned.append(self._failure(error, index, options))
+        return planned
+
+    async def _check_decodable(
+        self, images: Sequence[bytes | Pixels | errors.ServiceError]
+    ) -> None:
+        """Of several bad images the first is told about, also when its header was good.
+
+        Raises:
+            ServiceError: one of the images cannot be decoded.
+        """
+        max_pixels = self._service.settings.max_image_pixels
+        for index, image in enumerate(images):
+            if isinstance(image, bytes):
+                try:
+                    await self._service.decoders.run(
+                        partial(decode_image, image, max_pixels=max_pixels)
+                    )
+                except ImageError as error:
+                    raise errors.from_image_error(error, index) from error
+
+    def _item(
+        self,
+        index: int,
+        image: bytes | Pixels,
+        examined: Examined,
+        options: FeatureOptions,
+        model: ServedModel,
+        layers: tuple[int, ...],
+    ) -> Item:
+        regions = None
+        if options.boxes is not None:
+            regions = regions_of(
+                options.boxes[index],
+                examined.original,
+                index=index,
+                box_size=options.box_size,
+                normalize=options.normalize,
+            )
+        settings = self._service.settings
+        return plan_item(index, image, examined, options, model, layers, regions, settings)
+
+    async def _fetch(
+        self, images: Sequence[ImageSource]
+    ) -> list[bytes | Pixels | errors.ServiceError]:
+        """The images, those behind URLs fetched, or why they could not be."""
+        if not any(isinstance(image, ImageUrl) for image in images):
+            return [image for image in images if not isinstance(image, ImageUrl)]
+        fetcher = self._service.fetcher
+        if fetcher is None:
+            raise errors.UrlRefusedError(
+                "images by URL are turned off here; send their bytes, or ask the operator for "
+                "--allow-url-hosts"
+            )
+
+        async def fetch(image: ImageSource) -> bytes | Pixels | errors.ServiceError:
+            if not isinstance(image, ImageUrl):
+                return image
+            try:
+                data: bytes = await fetcher.fetch(image.url)
+                return data
+            except errors.ServiceError as error:
+                return error
+
+        return list(await asyncio.gather(*map(fetch, images)))
+
+    def _failure(
+        self, error: ImageError | errors.ServiceError, index: int, options: FeatureOptions
+    ) -> wire.ImageFailure:
+        """For the answer's list of failures.
+
+        Raises:
+            ServiceError: the error itself, when the request is not `partial`.
+        """
+        if not self._lists_failures(options):
+            raise errors.about_image(error, index)
+        return self._listed(error, index)
+
+    def _lists_failures(self, options: FeatureOptions) -> bool:
+        return options.partial or self._media == "application/x-refinery-frames"
+
+    async def _collect(
+        self, outcomes: Sequence[Outcome], options: FeatureOptions
+    ) -> list[MappedImage | wire.ImageFailure]:
+        tasks = [outcome.flight.task for outcome in outcomes if outcome.flight is not None]
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+            collected: list[MappedImage | wire.ImageFailure] = []
+            for outcome in outcomes:
+                try:
+                    collected.append(self._mapped(outcome))
+                except (ImageError, errors.ServiceError) as error:
+                    collected.append(self._failure(error, outcome.item.index, options))
+            return collected
+        finally:
+            _leave(outcomes)
+
+    def _mapped(self, outcome: Outcome) -> MappedImage:
+        if outcome.found is not None:
+            return MappedImage(outcome.item, outcome.found)
+        assert outcome.flight is not None
+        computed = outcome.flight.task.result()
+        for stage, seconds in computed.seconds.items():
+            known = self._stages.seconds
+            known[stage] = max(known.get(stage, 0.0), seconds)
+        return MappedImage(outcome.item, computed.features)
+
+    async def _frames(
+        self,
+        outcomes: Sequence[Outcome],
+        failures: Sequence[wire.ImageFailure],
+        source: wire.Source,
+    ) -> AsyncIterator[list[wire.Part]]:
+        """A frame per image, in the order in which they are done."""
+        for failure in failures:
+            yield wire.frame(failure, source)
+        waiting: dict[asyncio.Task[Any], list[Outcome]] = {}
+        for outcome in outcomes:
+            if outcome.flight is None:
+                yield await self._frame(outcome, source)
+            else:
+                waiting.setdefault(outcome.flight.task, []).append(outcome)
+        while waiting:
+            done = await self._next_done(waiting)
+            for task in done or list(waiting):
+                for outcome in waiting.pop(task):
+                    if done:
+                        yield await self._frame(outcome, source)
+                    else:
+                        late = errors.DeadlineError("the image was not done by the deadline")
+                        yield wire.frame(self._listed(late, outcome.item.index), source)
+
+    async def _next_done(self, tasks: Iterable[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+        """Tasks that are done; none when the deadline comes first."""
+        left = None
+        if self._deadline is not None:
+            left = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        return done
+
+    async def _frame(self, outcome: Outcome, source: wire.Source) -> list[wire.Part]:
+        try:
+            mapped = self._mapped(outcome)
+            answer: wire.Answer = await self._service.helpers.run(finished, mapped, source)
+        except (ImageError, errors.ServiceError) as error:
+            answer = self._listed(error, outcome.item.index)
+        return wire.frame(answer, source)
+
+    def _listed(self, error: ImageError | errors.ServiceError, index: int) -> wire.ImageFailure:
+        known = errors.about_image(error, index)
+        self._service.metrics.errors.labels(known.code).inc()
+        return wire.ImageFailure(index, known)
+
+
+def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Block numbers counted from 0.
+
+    Raises:
+        InvalidOptionError: a block that the model does not have, or one named twice.
+    """
+    resolved = tuple(layer + depth if layer < 0 else layer for layer in layers)
+    for asked, layer in zip(layers, resolved, strict=True):
+        if not 0 <= layer < depth:
+            raise errors.InvalidOptionError(
+                f"option 'layers' has {asked}; the {depth} blocks are {-depth} to {depth - 1}"
+            )
+    if len(set(resolved)) < len(resolved):
+        raise errors.InvalidOptionError(f"option 'layers' names a block twice: {list(layers)}")
+    return resolved
+
+
+def _examine_all(
+    images: Sequence[bytes | Pixels | errors.ServiceError], max_pixels: int
+) -> list[Examined | Exception]:
+    found: list[Examined | Exception] = []
+    for image in images:
+        try:
+            found.append(image if isinstance(image, Exception) else examine(image, max_pixels))
+        except (ImageError, errors.ServiceError) as error:
+            found.append(error)
+    return found
+
+
+def _grid(item: Item) -> tuple[int, int]:
+    patch_size = item.plan.model.encoder.patch_size
+    return item.plan.size[0] // patch_size, item.plan.size[1] // patch_size
+
+
+def _headers(outcomes: Sequence[Outcome], etag: str | None) -> dict[str, str]:
+    num_hits = sum(outcome.found is not None for outcome in outcomes)
+    state = "miss" if num_hits == 0 else "hit" if num_hits == len(outcomes) else "partial"
+    headers = {"x-cache": state, "vary": "accept"}
+    if outcomes:
+        headers["x-model-digest"] = outcomes[0].item.plan.model.encoder.digest
+    return headers | ({"etag": etag} if etag else {})
+
+
+def _leave(outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.flight is not None:
+            outcome.flight.leave()

@@ -1,0 +1,160 @@
+"""Connections to Redis that keep to a deadline as a whole, not only from byte to byte.
+
+redis-py starts its timeout anew with each piece that comes, so a server that sends one byte every
+now and then would hold a caller for ever.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection, ConnectionPool, SSLConnection
+from redis.retry import Retry
+
+from service.cache.address import RedisAddress
+
+_READ_BYTES = 1024 * 1024  # with redis-py's 32 KiB, values of 2 MB take twice as long
+_SEND_BYTES = 256 * 1024
+
+
+class Deadline:
+    """When an exchange must be over: `seconds` from now, and later the more bytes have passed.
+
+    A trickle gains nothing; a large answer that flows at `bytes_per_second` or faster is not cut
+    off, up to `max_seconds`.
+    """
+
+    def __init__(self, seconds: float, *, max_seconds: float, bytes_per_second: float) -> None:
+        now = time.monotonic()
+        self._end = now + seconds
+        self._last_end = now + max_seconds
+        self._bytes_per_second = bytes_per_second
+
+    def remaining(self) -> float:
+        """Seconds, negative when it is over."""
+        return min(self._end, self._last_end) - time.monotonic()
+
+    def progress(self, num_bytes: int) -> None:
+        """So many bytes have passed."""
+        self._end += num_bytes / self._bytes_per_second
+
+
+_deadline: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
+
+
+@contextmanager
+def keep(deadline: Deadline) -> Iterator[None]:
+    """Hold the commands of this block, together, to `deadline`."""
+    token = _deadline.set(deadline)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def open_client(
+    address: RedisAddress,
+    *,
+    ca_file: Path | None,
+    connect_seconds: float,
+    read_seconds: float,
+    max_connections: int,
+) -> redis.Redis:
+    """A client that connects with its first command, and does not retry.
+
+    Args:
+        connect_seconds: Longest wait for the connection.
+        read_seconds: Longest wait for the next piece of an answer, or for room to send one.
+    """
+    options: dict[str, Any] = {"connection_class": DeadlineConnection}
+    if address.is_tls:
+        options = {
+            "connection_class": DeadlineTlsConnection,
+            "ssl_cert_reqs": "required",
+            "ssl_check_hostname": True,
+            "ssl_ca_certs": None if ca_file is None else str(ca_file),
+        }
+    pool = ConnectionPool(
+        host=address.host,
+        port=address.port,
+        db=address.db,
+        username=address.username,
+        password=address.password,
+        socket_connect_timeout=connect_seconds,
+        socket_timeout=read_seconds,
+        socket_read_size=_READ_BYTES,
+        health_check_interval=0,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,  # without the extra exchange that protocol 3 begins with
+        max_connections=max_connections,
+        **options,
+    )
+    return redis.Redis(connection_pool=pool)
+
+
+class DeadlineSocket:
+    """The part of a socket that redis-py uses, under the deadline of the running block."""
+
+    def __init__(self, wrapped: socket.socket) -> None:
+        self._socket = wrapped
+        self._timeout = wrapped.gettimeout()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def settimeout(self, seconds: float | None) -> None:
+        self._timeout = seconds
+        self._socket.settimeout(seconds)
+
+    def recv(self, num_bytes: int) -> bytes:
+        self._limit()
+        data = self._socket.recv(num_bytes)
+        _progress(len(data))
+        return data
+
+    def recv_into(self, buffer: bytearray | memoryview, num_bytes: int = 0) -> int:
+        self._limit()
+        received = self._socket.recv_into(buffer, num_bytes)
+        _progress(received)
+        return received
+
+    def sendall(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        for begin in range(0, len(view), _SEND_BYTES):
+            self._limit()
+            piece = view[begin : begin + _SEND_BYTES]
+            self._socket.sendall(piece)
+            _progress(len(piece))
+
+    def _limit(self) -> None:
+        deadline = _deadline.get()
+        if deadline is None or self._timeout == 0:
+            return
+        remaining = deadline.remaining()
+        if remaining <= 0:
+            raise TimeoutError("the exchange as a whole took too long")
+        self._socket.settimeout(
+            remaining if self._timeout is None else min(self._timeout, remaining)
+        )
+
+
+class DeadlineConnection(Connection):
+    def _connect(self) -> DeadlineSocket:
+        return DeadlineSocket(super()._connect())  # type: ignore[no-untyped-call]
+
+
+class DeadlineTlsConnection(SSLConnection):
+    def _connect(self) -> DeadlineSocket:
+        return DeadlineSocket(super()._connect())  # type: ignore[no-untyped-call]
+
+
+def _progress(num_bytes: int) -> None:
+    deadline = _deadline.get()
+    if deadline is not None:
+        deadline.progress(num_bytes)

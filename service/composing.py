@@ -1,0 +1,73 @@
+"""From feature maps to the body of an answer; runs off the event loop when there is much to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service import errors, wire
+from service.finishing import finish, pooled
+from service.maps import FeatureMap
+from service.negotiation import MediaType
+from service.options import FeatureOptions
+from service.pictures import pca_picture
+from service.work import Item
+
+
+@dataclass(frozen=True, slots=True)
+class MappedImage:
+    """An image and what the model says about it."""
+
+    item: Item
+    features: FeatureMap
+
+
+def serialise(
+    media: MediaType, images: Sequence[MappedImage | wire.ImageFailure], source: wire.Source
+) -> tuple[list[wire.Part], dict[str, str]]:
+    """The body of an answer in parts, and headers that go with it.
+
+    Raises:
+        ServiceError: about an image, unless the request is `partial`.
+    """
+    if media == "image/png":
+        (mapped,) = images
+        assert isinstance(mapped, MappedImage)
+        return [_picture(mapped, source.options)], {}
+    answers: list[wire.Answer] = []
+    for image in images:
+        if isinstance(image, wire.ImageFailure):
+            answers.append(image)
+            continue
+        try:
+            answers.append(finished(image, source))
+        except errors.ServiceError as error:
+            if not source.options.partial:
+                raise
+            index = image.item.index
+            answers.append(wire.ImageFailure(index, errors.about_image(error, index)))
+    answers.sort(key=lambda answer: answer.index)
+    return wire.serialise(media, answers, source)
+
+
+def finished(mapped: MappedImage, source: wire.Source) -> wire.ImageAnswer:
+    """An image in the shape that it was asked for.
+
+    Raises:
+        FeatureOverflowError, InvalidOptionError: see `finish`.
+    """
+    item, features = mapped.item, mapped.features
+    image = finish(features, item.regions, source.options, index=item.index)
+    patch_size = item.plan.model.encoder.patch_size
+    return wire.ImageAnswer(
+        index=item.index,
+        image=image,
+        original=features.original,
+        resized=(features.grid[0] * patch_size, features.grid[1] * patch_size),
+        num_boxes=item.regions.num_boxes if item.regions else None,
+    )
+
+
+def _picture(mapped: MappedImage, options: FeatureOptions) -> bytes:
+    tokens_NC = mapped.features.layers[0].tokens_NC
+    assert tokens_NC is not None
+    vectors_VC, grid, _ = pooled(tokens_NC, mapped.features.grid, options.pool)
+    return pca_picture(vectors_VC, grid)

@@ -1,0 +1,109 @@
+import asyncio
+import time
+
+import pytest
+
+from service.cache.address import RedisAddress
+from service.cache.connection import Deadline
+from tests.service.cache.fake_servers import tcp_server
+from tests.service.cache.helpers import MIB
+
+
+def look_up(opened, *keys):
+    return asyncio.run(opened.cache.get_many(keys or ("k",)))
+
+
+def test_a_trickle_buys_no_time_and_a_flow_does():
+    deadline = Deadline(1.0, max_seconds=10.0, bytes_per_second=MIB)
+
+    deadline.progress(10)
+    assert deadline.remaining() < 1.001
+
+    deadline.progress(2 * MIB)
+    assert 2.5 < deadline.remaining() <= 3.001
+
+
+def test_no_flow_buys_more_than_the_longest_time():
+    deadline = Deadline(1.0, max_seconds=2.0, bytes_per_second=MIB)
+
+    deadline.progress(100 * MIB)
+
+    assert deadline.remaining() <= 2.0
+
+
+def test_a_server_that_trickles_is_held_to_the_deadline_of_the_whole(open_cache):
+    def trickle(connection):
+        connection.sendall(b"*1\r\n$1000000\r\n")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    with tcp_server(trickle) as port:
+        opened = open_cache(RedisAddress("127.0.0.1", port), connect_seconds=0.05, read_seconds=0.1)
+        begin = time.monotonic()
+        entries = look_up(opened)
+        seconds = time.monotonic() - begin
+
+    assert entries == [None]
+    assert seconds < 1.0
+    assert opened.lookups("error") == 1
+
+
+def test_a_thread_that_was_held_up_by_a_trickle_comes_back(open_cache):
+    def trickle(connection):
+        connection.sendall(b"*1\r\n$1000000\r\n")
+        for _ in range(300):
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    with tcp_server(trickle) as port:
+        opened = open_cache(RedisAddress("127.0.0.1", port), connect_seconds=0.05, read_seconds=0.1)
+        look_up(opened)
+        begin = time.monotonic()
+        asyncio.run(opened.cache.close(5.0))
+        seconds = time.monotonic() - begin
+
+    # Left alone it would have read for six seconds.
+    assert seconds < 2.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"$abc\r\n",
+        b"*1\r\n:7\r\n",
+        b"*2\r\n$-1\r\n$-1\r\n",
+        b"*-1\r\n",
+        b":1\r\n",
+        b"+OK\r\n",
+        b"-ERR planted\r\n",
+        b"-LOADING planted\r\n",
+        b"\r\n",
+        b"",
+    ],
+)
+def test_whatever_a_server_says_is_a_miss_and_counted(open_cache, text):
+    def answer(connection):
+        connection.sendall(text)
+        if not text:
+            connection.close()
+
+    with tcp_server(answer) as port:
+        opened = open_cache(RedisAddress("127.0.0.1", port))
+        assert look_up(opened) == [None]
+        asyncio.run(opened.cache.close(1.0))
+
+    assert opened.lookups("error") == 1
+    assert opened.errors() >= 1
+
+
+def test_a_server_that_says_garbage_opens_the_breaker(open_cache):
+    with tcp_server(lambda connection: connection.sendall(b"garbage\r\n")) as port:
+        opened = open_cache(RedisAddress("127.0.0.1", port))
+        for _ in range(6):
+            look_up(opened)
+        asyncio.run(opened.cache.close(1.0))
+
+    assert opened.lookups("skipped") >= 1
+    assert opened.count("breaker_open") == 1
