@@ -59,6 +59,7 @@ class Admission:
         """The rate of one engine before it has encoded anything: what the warm-up measured."""
         with self._lock:
             self._engine_rate = self._engine_rate or tokens_per_second
+        self._metrics.tokens_per_second.set(self.tokens_per_second)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """An engine has encoded `tokens` in `seconds`."""
@@ -78,7 +79,8 @@ class Admission:
             OverloadedError: too much is there already.
         """
         if self.tokens > 0 and self.tokens + tokens > self.limit:
-            excess = self.tokens + tokens - self.limit
+            # One that is larger than the bound waits until nothing else is there, and no longer.
+            excess = min(self.tokens + tokens - self.limit, self.tokens)
             rate = self.tokens_per_second
             seconds = excess / rate if rate else 1.0
             wait = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)

@@ -12,7 +12,7 @@ from service.features import ServiceDep
 from service.hints import nearest
 from service.information import describe, project_version
 from service.lifecycle import FeatureService
-from service.middleware import RequestMiddleware, error_response
+from service.middleware import error_response, install
 from service.models import OpenEncoder
 from service.settings import Settings
 from service.web import routes as web
@@ -53,7 +53,7 @@ def create_app(settings: Settings, open_encoder: OpenEncoder | None = None) -> F
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(RequestMiddleware, service=service)
+    install(app, service)
     app.add_exception_handler(errors.ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.include_router(features.router)

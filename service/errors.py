@@ -105,7 +105,9 @@ class UnauthorizedError(ServiceError):
     """The request has no valid API key."""
 
     status, code = 401, "unauthorized"
-    headers = {"www-authenticate": 'Bearer realm="vit-refinery", Basic realm="vit-refinery"'}
+    headers = {  # Basic first: some browsers look at the first only.
+        "www-authenticate": 'Basic realm="vit-refinery", Bearer realm="vit-refinery"'
+    }
 
 
 class ForbiddenError(ServiceError):

@@ -40,6 +40,9 @@ class GuardedService(Protocol):
     def drain(self) -> None:
         """Take no more requests."""
 
+    def refresh_gauges(self) -> None:
+        """Bring the metrics that change by themselves up to date."""
+
     def check_health(self) -> None:
         """Set `failure` if an engine is stuck; called ten times a second."""
 

@@ -134,7 +134,9 @@ def _projected(
             f"{vectors_VC.shape[1]} channels: ask for {most} or fewer",
             index=index,
         )
-    scores_Vk, basis_kC, mean_C = principal_components(vectors_VC.float(), project)
+    wide_VC = vectors_VC.float()
+    _check_finite(wide_VC, "float32", index)
+    scores_Vk, basis_kC, mean_C = principal_components(wide_VC, project)
     return scores_Vk, [NamedPart("basis", layer, basis_kC), NamedPart("mean", layer, mean_C)]
 
 

@@ -30,6 +30,11 @@ class Flight(Generic[T]):
         self.task.add_done_callback(lambda _: on_done())
         self._members = 1
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether everybody has left; its task may take some steps more to end."""
+        return self._members == 0
+
     def join(self) -> None:
         """Be one more who wants the result."""
         self._members += 1
@@ -48,13 +53,16 @@ class Flights(Generic[T]):
         self._flights: dict[str, Flight[T]] = {}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._flights
+        """Whether there is a flight to join; one that everybody has left is none."""
+        flight = self._flights.get(key)
+        return flight is not None and not flight.is_cancelled
 
     def join(self, key: str) -> Flight[T] | None:
         """Join the flight of that key, if there is one."""
-        flight = self._flights.get(key)
-        if flight is not None:
-            flight.join()
+        if key not in self:
+            return None
+        flight = self._flights[key]
+        flight.join()
         return flight
 
     def begin(

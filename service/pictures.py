@@ -10,16 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from service.errors import FeatureOverflowError
+
 # Shares of the values that are cut off on either side: one odd patch must not darken the rest.
 _CLIPPED = 0.01
 _MIN_SIDE = 448
+# Of a component, relative to the first one's; what float64 leaves of none is below 1e-15.
+_MIN_SPREAD = 1e-10
 
 
 class Components(NamedTuple):
     """The first principal components of some vectors."""
 
     scores_Vk: Tensor  # (vectors - mean) @ basis.T
-    basis_kC: Tensor  # orthonormal, the largest entry of each positive
+    basis_kC: Tensor  # orthonormal, the largest entry of each positive; zeros without variance
     mean_C: Tensor
 
 
@@ -27,7 +31,7 @@ def principal_components(vectors_VC: Tensor, num_components: int) -> Components:
     """The first `num_components` principal components, largest variance first.
 
     Args:
-        vectors_VC: float32.
+        vectors_VC: float32, finite.
         num_components: At most min(V, C).
     """
     assert num_components <= min(vectors_VC.shape)
@@ -40,8 +44,11 @@ def principal_components(vectors_VC: Tensor, num_components: int) -> Components:
     else:
         _, vectors_VV = torch.linalg.eigh(centred_VC @ centred_VC.T)
         basis_kC = vectors_VV.flip(1)[:, :num_components].T @ centred_VC
-        # Without variance there is no direction: zeros, which project everything to 0.
-        basis_kC = basis_kC / basis_kC.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        norm_k1 = basis_kC.norm(dim=-1, keepdim=True)
+        # Without variance there is no direction, only rounding that repeats the others: zeros,
+        # which project everything to 0.
+        has_variance_k1 = norm_k1 > _MIN_SPREAD * norm_k1[:1]
+        basis_kC = torch.where(has_variance_k1, basis_kC / norm_k1, 0.0)
     largest_k1 = basis_kC.abs().argmax(dim=-1, keepdim=True)
     basis_kC = basis_kC * torch.where(basis_kC.gather(1, largest_k1) < 0, -1.0, 1.0)
     scores_Vk = centred_VC @ basis_kC.T
@@ -49,7 +56,16 @@ def principal_components(vectors_VC: Tensor, num_components: int) -> Components:
 
 
 def pca_picture(vectors_VC: Tensor, grid: tuple[int, int]) -> bytes:
-    """A PNG of the first three principal components as red, green and blue, one square a patch."""
+    """A PNG of the first three principal components as red, green and blue, one square a patch.
+
+    Raises:
+        FeatureOverflowError: a value is not finite.
+    """
+    if not bool(torch.isfinite(vectors_VC).all()):
+        raise FeatureOverflowError(
+            "features of image 0 are not finite, so they make no picture; check the weights",
+            index=0,
+        )
     h, w = grid
     num_components = min(3, *vectors_VC.shape)
     scores_Vk = principal_components(vectors_VC.float(), num_components).scores_Vk

@@ -169,6 +169,7 @@ class DrainingServer(uvicorn.Server):
         elif method not in ("GET", "HEAD"):
             error = errors.MethodNotAllowedError(f"/metrics does not take {method}; use GET")
         else:
+            self._service.refresh_gauges()
             metrics = Response(self._service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
             await metrics(scope, receive, send)
             return

@@ -304,6 +304,8 @@ def _host_and_port(url: httpx.URL) -> tuple[str, int]:
 
 
 def _as_address(host: str) -> Address | None:
+    if "%" in host:  # names an interface of this machine
+        return None
     try:
         return ipaddress.ip_address(host)
     except ValueError:

@@ -25,6 +25,8 @@ from service.options import FeatureOptions
 
 MAX_JSON_VALUES = 1_000_000
 _JOIN_BYTES = 512 * 1024
+# Images that the header x-features describes: more would be more than clients take in a header.
+_MAX_DESCRIBED = 8
 _DTYPES = {
     torch.float16: "F16",
     torch.float32: "F32",
@@ -263,14 +265,9 @@ def _single_array(
     has_image_axis = options.layout == "nchw" and options.boxes is None and options.pool != "mean"
     (shape,) = shapes
     whole = (len(tensors), *(shape[1:] if has_image_axis else shape))
-    described = source.describe()
-    described["images"] = [source.describe_image(answer) for answer in answers]
-    headers = {
-        "x-shape": ",".join(map(str, whole)),
-        "x-dtype": options.dtype,
-        # Images are at most as many as a request may have: a few KB of header for most.
-        "x-features": _text(described["images"]) if len(answers) <= 8 else "",
-    }
+    headers = {"x-shape": ",".join(map(str, whole)), "x-dtype": options.dtype}
+    if len(answers) <= _MAX_DESCRIBED:
+        headers["x-features"] = _text([source.describe_image(answer) for answer in answers])
     data: list[Part] = [_bytes(tensor) for tensor in tensors]
     if media == "application/octet-stream":
         return data, headers

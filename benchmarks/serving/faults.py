@@ -16,7 +16,7 @@ from benchmarks.load import Client, Job, Load, Target, arrivals, closed_loop, op
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.images import bomb, corrupt, kinds_of, with_comment
 from benchmarks.serving.measure import (
-    is_flat,
+    flatness,
     livez,
     memory_figures,
     metric,
@@ -24,7 +24,7 @@ from benchmarks.serving.measure import (
 )
 from benchmarks.serving.outcome import Outcome, Table, livez_table, load_table
 from benchmarks.serving.processes import ServerProcess, wait_until
-from benchmarks.serving.watch import Watch, watching
+from benchmarks.serving.watch import watching
 
 _LEAVERS = 0.3  # of all requests
 _UNCHANGED = 0.9
@@ -128,7 +128,7 @@ def x3(bench: Bench) -> Outcome:
     }
     outcome.check("only damaged and hostile images fail, with 422 and 413",
                   str(wrong) if wrong else "so it is", not wrong)  # fmt: skip
-    _check_flat(outcome, watch)
+    outcome.check(*flatness(watch.memory))
     return outcome
 
 
@@ -195,17 +195,4 @@ def _check_gauges(outcome: Outcome, gauges: dict[str, float]) -> None:
     cancelled = gauges.get("cancelled", 0)
     outcome.check(
         "images of those who left are taken out of the queue", f"{cancelled:.0f}", cancelled > 0
-    )
-
-
-def _check_flat(outcome: Outcome, watch: Watch) -> None:
-    memory = memory_figures(watch.memory)
-    if not memory:
-        outcome.check("memory is flat", "too short to tell", None)
-        return
-    outcome.check(
-        "memory is flat: grows by <= 3 % in the second half",
-        f"{memory['growth_of_second_half']:+.1%}, {memory['rss_mib_first']:.0f} MiB at first, "
-        f"{memory['rss_mib_last']:.0f} MiB at last",
-        is_flat(watch.memory),
     )

@@ -21,6 +21,7 @@ KNEE_SHARE = 0.95  # of the best throughput
 _MAX_LAG_SECONDS = 0.05
 _MIN_RATE_SHARE = 0.98
 _FLAT_GROWTH = 0.03
+_MIN_MEMORY_SAMPLES = 20  # one a second
 _STAGE = re.compile(r"([\w-]+);dur=([\d.]+)")
 _WARM_UP_SECONDS = 3.0
 
@@ -144,22 +145,33 @@ def livez(watch: Watch) -> Figures:
     }
 
 
-def growth(memory: Sequence[Memory]) -> float:
+def growth(memory: Sequence[Memory]) -> float | None:
     """Growth of the resident memory in the second half of a run.
 
-    The median of its last fifth over the median of its middle fifth, less 1; 0 of a run that is
-    too short to tell (under 10 s).
+    The median of its last fifth over the median of its middle fifth, less 1; None for a run that
+    is too short to tell.
     """
-    if len(memory) < 10:
-        return 0.0
+    if len(memory) < _MIN_MEMORY_SAMPLES:
+        return None
     rss = [point.rss_bytes for point in memory]
     fifth = len(rss) // 5
     middle, last = rss[2 * fifth : 3 * fifth], rss[-fifth:]
     return statistics.median(last) / statistics.median(middle) - 1
 
 
-def is_flat(memory: Sequence[Memory]) -> bool:
-    return growth(memory) <= _FLAT_GROWTH
+def flatness(memory: Sequence[Memory]) -> tuple[str, str, bool | None]:
+    """Criterion, measured and passed of memory that is to stay flat."""
+    criterion = f"memory is flat: grows by <= {_FLAT_GROWTH:.0%} in the second half"
+    grown = growth(memory)
+    if grown is None:
+        return criterion, f"{len(memory)} s are too short to tell", None
+    first, last = memory[0], memory[-1]
+    measured = (
+        f"{grown:+.1%}; {first.rss_bytes / 2**20:.0f} MiB at first, {last.rss_bytes / 2**20:.0f} "
+        f"at last, threads {first.num_threads} and {last.num_threads}, files {first.num_files} "
+        f"and {last.num_files}"
+    )
+    return criterion, measured, grown <= _FLAT_GROWTH
 
 
 def memory_figures(memory: Sequence[Memory]) -> Figures:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from benchmarks.load import Job, arrivals, open_loop
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.faults import odd_jobs
-from benchmarks.serving.measure import is_flat, livez, memory_figures, metric, open_summary
+from benchmarks.serving.measure import flatness, livez, memory_figures, metric, open_summary
 from benchmarks.serving.outcome import Outcome, Table, livez_table, load_table, stage_table
 from benchmarks.serving.watch import watching
 
@@ -58,12 +58,7 @@ def soak(bench: Bench) -> Outcome:
                 [["MiB", *(f"{mib:.0f}" for _, mib in shown)]],
             )
         )
-        outcome.check(
-            "memory is flat: grows by <= 3 % in the second half",
-            f"{memory['growth_of_second_half']:+.1%}; threads {memory['threads']}, files "
-            f"{memory['files']} at first and at last",
-            is_flat(watch.memory),
-        )
+    outcome.check(*flatness(watch.memory))
     bad = [sample for sample in load.samples if sample.status >= 500 or sample.failure in
            ("closed", "cut off", "timeout", "refused")]  # fmt: skip
     outcome.check("no 5xx, no request without an answer", f"{len(bad)}", not bad)

@@ -95,7 +95,7 @@ def open_client(
         max_connections=max_connections,
         **options,
     )
-    return redis.Redis(connection_pool=pool)
+    return redis.Redis.from_pool(pool)  # which its close() closes too
 
 
 class DeadlineSocket:

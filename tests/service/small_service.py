@@ -38,6 +38,9 @@ class SmallService:
         if self.is_draining:
             raise errors.DrainingError("the service is shutting down")
 
+    def refresh_gauges(self):
+        pass
+
     def drain(self):
         self.is_draining = True
 

@@ -34,8 +34,8 @@ def make_server(tmp_path):
     """A function that starts a redis-server with the options given."""
     with ExitStack() as stack:
 
-        def make(*options, tls=None):
-            server = RedisServer(tmp_path, *options, tls=tls)
+        def make(*options):
+            server = RedisServer(tmp_path, *options)
             stack.callback(server.kill)
             server.start()
             return server

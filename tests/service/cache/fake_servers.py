@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -10,6 +10,7 @@ def tcp_server(answer):
     """A port where each connection that has sent something is handed to `answer`."""
     listener = socket.create_server(("127.0.0.1", 0))
     threads = []
+    connections = []
 
     def serve(connection):
         with connection:
@@ -25,6 +26,7 @@ def tcp_server(answer):
                 connection, _ = listener.accept()
             except OSError:
                 return  # the test is over
+            connections.append(connection)
             thread = threading.Thread(target=serve, args=(connection,))
             threads.append(thread)
             thread.start()
@@ -37,5 +39,8 @@ def tcp_server(answer):
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         acceptor.join()
+        for connection in connections:
+            with suppress(OSError):  # closed by then
+                connection.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join()

@@ -41,20 +41,25 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_until(is_true, *, seconds=10.0):
+def comes_true(is_true, *, seconds):
     end = time.monotonic() + seconds
     while not is_true():
-        assert time.monotonic() < end, f"it did not come true in {seconds} s"
+        if time.monotonic() > end:
+            return False
         time.sleep(0.01)
+    return True
+
+
+def wait_until(is_true, *, seconds=10.0):
+    assert comes_true(is_true, seconds=seconds), f"it did not come true in {seconds} s"
 
 
 class RedisServer:
     """A redis-server without persistence; `start` it again after `kill` on the same port."""
 
-    def __init__(self, folder, *options, tls=None):
+    def __init__(self, folder, *options, is_tls=False):
         self.port = free_port()
-        self._tls = tls
-        ports = ["--port", "0", "--tls-port"] if tls else ["--port"]
+        ports = ["--port", "0", "--tls-port"] if is_tls else ["--port"]
         self._command = [
             REDIS_SERVER, *ports, str(self.port), "--bind", "127.0.0.1", "--save", "",
             "--appendonly", "no", "--dir", str(folder), *options,
