@@ -1,5 +1,5 @@
 # Every target creates the virtual environment and installs what is locked, when that is needed.
-#   make serve [MODEL=models/demo] [PORT=8000]     the feature server
+#   make serve [MODEL=PATH] [PORT=8000]            the feature server; both models that ship by default
 #   make test                                      all tests
 #   make test-gpu                                  tests that need a CUDA device
 #   make check                                     lint, format, types
@@ -13,7 +13,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; \
 	done)
-MODEL ?= models/demo
+# The raw one beside the refined one, so that the playground can compare them.
+MODELS = $(if $(MODEL),--model $(MODEL),--model models/demo --model raw=models/demo-pretrained)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 OUTPUT ?= runs/demo
@@ -38,7 +39,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	touch $@
 
 serve: $(INSTALLED)
-	$(BIN)/python -m service --model $(MODEL) --host $(HOST) --port $(PORT)
+	$(BIN)/python -m service $(MODELS) --host $(HOST) --port $(PORT)
 
 # Triton decides at import whether it interprets: what runs device code on the CPU is a process of its own.
 test: $(INSTALLED) $(OLDEST_TRITON)

@@ -201,14 +201,25 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turn_upright(pixels_3HW: Tensor, orientation: int) -> Tensor:
-    """Channels-last in memory, so that no later step sees which way the file was stored."""
-    if orientation >= 5:  # rows and columns are swapped, then mirrored as 1 to 4 are
-        pixels_3HW = pixels_3HW.transpose(1, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels_3HW = pixels_3HW.flip(1)
-    if orientation in (2, 3, 6, 7):
-        pixels_3HW = pixels_3HW.flip(2)
-    return pixels_3HW.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    """On a CPU channels-last in memory, so that no later step sees how the file was stored."""
+    has_columns_first, goes_up, goes_left = (
+        orientation >= 5,
+        orientation in (3, 4, 7, 8),
+        orientation in (2, 3, 6, 7),
+    )
+    if orientation == 1:
+        return pixels_3HW
+    if pixels_3HW.is_cuda:
+        if has_columns_first:
+            pixels_3HW = pixels_3HW.transpose(1, 2)
+        return pixels_3HW.flip([1] * goes_up + [2] * goes_left)
+    # As elements of three bytes: moving pixels takes half the time of moving channels.
+    pixels_HW = pixels_3HW.permute(1, 2, 0).numpy().view("V3")[..., 0]
+    if has_columns_first:
+        pixels_HW = pixels_HW.T
+    pixels_HW = pixels_HW[:: -1 if goes_up else 1, :: -1 if goes_left else 1]
+    upright_HW3 = np.ascontiguousarray(pixels_HW).view(np.uint8).reshape(*pixels_HW.shape, 3)
+    return torch.from_numpy(upright_HW3).permute(2, 0, 1)
 
 
 class _CountedReader(io.BytesIO):

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from service import logs
@@ -55,8 +56,8 @@ def _serve(settings: Settings) -> int:
     status = server.exit_status
     if isinstance(service.failure, RefineryError | SettingsError | KernelError):
         status = _refuse(service.failure, settings)
-    if any(engine.is_alive for engine in service.engines):
-        # The interpreter would be torn down under a thread that is inside torch, and abort.
+    if threading.active_count() > 1:
+        # The interpreter would be torn down under a thread that may be inside torch, and abort.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(status)

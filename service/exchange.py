@@ -97,7 +97,7 @@ class Exchange:
 
     def _timeout_error(self) -> errors.ServiceError:
         settings = self._service.settings
-        if self._waits_for_body() and self.loop.time() < self.deadline:
+        if self._next_timeout() < self.deadline:
             error = errors.BodyTooSlowError(
                 f"{self.received_bytes} bytes of the body came in {settings.body_seconds:g} s and "
                 "it was not complete; send fewer images at once, or over a faster connection"
@@ -110,16 +110,16 @@ class Exchange:
             f"{round(settings.request_seconds * 1e3)}), or send fewer images at once"
         )
 
-    def _waits_for_body(self) -> bool:
-        return self._body_deadline is not None and not self._has_body
-
     def _set_timer(self) -> None:
         if self._timer is None or self._timer.expired():
             return
-        when = self.deadline
-        if self._body_deadline is not None and not self._has_body:
-            when = min(when, self._body_deadline)
+        when = self._next_timeout()
         self._timer.reschedule(None if self.status or when == math.inf else when)
+
+    def _next_timeout(self) -> float:
+        if self._body_deadline is None or self._has_body:
+            return self.deadline
+        return min(self.deadline, self._body_deadline)
 
     async def receive(self) -> Message:
         """The next part of the request."""

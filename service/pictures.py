@@ -15,15 +15,13 @@ from service.errors import FeatureOverflowError
 # Shares of the values that are cut off on either side: one odd patch must not darken the rest.
 _CLIPPED = 0.01
 _MIN_SIDE = 448
-# Of a component, relative to the first one's; what float64 leaves of none is below 1e-15.
-_MIN_SPREAD = 1e-10
 
 
 class Components(NamedTuple):
     """The first principal components of some vectors."""
 
     scores_Vk: Tensor  # (vectors - mean) @ basis.T
-    basis_kC: Tensor  # orthonormal, the largest entry of each positive; zeros without variance
+    basis_kC: Tensor  # orthonormal, the largest entry of each positive
     mean_C: Tensor
 
 
@@ -43,12 +41,9 @@ def principal_components(vectors_VC: Tensor, num_components: int) -> Components:
         basis_kC = vectors_CC.flip(1)[:, :num_components].T
     else:
         _, vectors_VV = torch.linalg.eigh(centred_VC @ centred_VC.T)
-        basis_kC = vectors_VV.flip(1)[:, :num_components].T @ centred_VC
-        norm_k1 = basis_kC.norm(dim=-1, keepdim=True)
-        # Without variance there is no direction, only rounding that repeats the others: zeros,
-        # which project everything to 0.
-        has_variance_k1 = norm_k1 > _MIN_SPREAD * norm_k1[:1]
-        basis_kC = torch.where(has_variance_k1, basis_kC / norm_k1, 0.0)
+        directions_kC = vectors_VV.flip(1)[:, :num_components].T @ centred_VC
+        # Not divided by their lengths: without variance these are rounding, which repeats others.
+        basis_kC = torch.linalg.qr(directions_kC.T).Q.T
     largest_k1 = basis_kC.abs().argmax(dim=-1, keepdim=True)
     basis_kC = basis_kC * torch.where(basis_kC.gather(1, largest_k1) < 0, -1.0, 1.0)
     scores_Vk = centred_VC @ basis_kC.T

@@ -76,20 +76,26 @@ def parse_url(url: str) -> RedisAddress:
     )
 
 
-def check_ca_file(path: Path, address: RedisAddress) -> None:
-    """
+def read_tls(address: RedisAddress, ca_file: Path | None) -> ssl.SSLContext | None:
+    """What is needed to speak TLS with that Redis; None where TLS is not asked for.
+
+    Only authorities of `ca_file` are trusted; None: those that the system trusts. The certificate
+    must name the host.
+
     Raises:
         SettingsError: TLS is off, or the file has no certificate that can be read.
     """
     if not address.is_tls:
-        raise SettingsError(
-            "--cache-ca-file is for TLS and --cache does not use it: write rediss://"
-        )
+        if ca_file is not None:
+            raise SettingsError(
+                "--cache-ca-file is for TLS and --cache does not use it: write rediss://"
+            )
+        return None
     try:
-        ssl.create_default_context(cafile=path)
+        return ssl.create_default_context(cafile=ca_file)
     except OSError as error:
         raise SettingsError(
-            f"--cache-ca-file {path} cannot be used ({error}): give a PEM file of certificates"
+            f"--cache-ca-file {ca_file} cannot be used ({error}): give a PEM file of certificates"
         ) from error
 
 

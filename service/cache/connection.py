@@ -5,16 +5,16 @@ now and then would hold a caller for ever.
 """
 
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import Connection, ConnectionPool, SSLConnection
+from redis.connection import Connection, ConnectionPool
 from redis.retry import Retry
 
 from service.cache.address import RedisAddress
@@ -61,7 +61,7 @@ def keep(deadline: Deadline) -> Iterator[None]:
 def open_client(
     address: RedisAddress,
     *,
-    ca_file: Path | None,
+    tls: ssl.SSLContext | None,
     connect_seconds: float,
     read_seconds: float,
     max_connections: int,
@@ -69,17 +69,13 @@ def open_client(
     """A client that connects with its first command, and does not retry.
 
     Args:
+        tls: How to speak TLS; None: not at all.
         connect_seconds: Longest wait for the connection.
         read_seconds: Longest wait for the next piece of an answer, or for room to send one.
     """
     options: dict[str, Any] = {"connection_class": DeadlineConnection}
-    if address.is_tls:
-        options = {
-            "connection_class": DeadlineTlsConnection,
-            "ssl_cert_reqs": "required",
-            "ssl_check_hostname": True,
-            "ssl_ca_certs": None if ca_file is None else str(ca_file),
-        }
+    if tls is not None:
+        options = {"connection_class": DeadlineTlsConnection, "tls": tls}
     pool = ConnectionPool(
         host=address.host,
         port=address.port,
@@ -149,9 +145,27 @@ class DeadlineConnection(Connection):
         return DeadlineSocket(super()._connect())  # type: ignore[no-untyped-call]
 
 
-class DeadlineTlsConnection(SSLConnection):
+class DeadlineTlsConnection(Connection):
+    """With one context for all connections: redis-py's own class reads the authorities anew for
+    each, which takes longer than a look-up may."""
+
+    def __init__(self, *, tls: ssl.SSLContext, **options: Any) -> None:
+        self._tls = tls
+        super().__init__(**options)
+
     def _connect(self) -> DeadlineSocket:
-        return DeadlineSocket(super()._connect())  # type: ignore[no-untyped-call]
+        plain: socket.socket = super()._connect()  # type: ignore[no-untyped-call]
+        deadline = _deadline.get()
+        if deadline is not None:
+            # Of the handshake as a whole, which has several exchanges.
+            plain.settimeout(max(deadline.remaining(), 0.001))
+        try:
+            encrypted = self._tls.wrap_socket(plain, server_hostname=self.host)
+        except OSError:
+            plain.close()
+            raise
+        encrypted.settimeout(self.socket_timeout)
+        return DeadlineSocket(encrypted)
 
 
 def _progress(num_bytes: int) -> None:

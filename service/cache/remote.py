@@ -6,11 +6,11 @@ end. Between them stands a circuit breaker, so a dead Redis costs a wait only no
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from redis.exceptions import InvalidResponse
 
@@ -33,6 +33,8 @@ _QUEUE_SECONDS = 0.1
 # A look-up of many large values may take longer than the timeouts, as long as they flow.
 _MAX_SECONDS = 1.0
 _MIN_BYTES_PER_SECOND = 64 * 1024 * 1024
+# How long a thread may take to connect, for the requests after the one that gave it up.
+_PATIENT_SECONDS = 1.0
 # The thread tells its own timeout a little before the event loop gives it up.
 _GRACE_SECONDS = 0.02
 _QUEUE_BYTES = 64 * 1024 * 1024
@@ -54,7 +56,7 @@ class RedisCache:
         address: RedisAddress,
         metrics: CacheMetrics,
         *,
-        ca_file: Path | None = None,
+        tls: ssl.SSLContext | None = None,
         ttl_seconds: int,
         max_value_bytes: int,
         connect_seconds: float = CONNECT_SECONDS,
@@ -64,29 +66,31 @@ class RedisCache:
     ) -> None:
         """
         Args:
-            ca_file: Who may have signed the certificate of Redis; None: whom the system trusts.
+            tls: How to speak TLS, of `read_tls`; None: not at all.
             ttl_seconds: How long Redis keeps a value that it is not asked for.
             max_value_bytes: Bytes of the largest entry that will be put.
             connect_seconds: Longest wait for a connection.
-            read_seconds: Longest wait for the next piece of an answer. A look-up as a whole takes
-                at most the sum of both, and a second where large values flow.
+            read_seconds: Longest wait for the next piece of an answer. A look-up takes at most
+                that long as a whole, and a second where large values flow; one that needs a new
+                connection waits for it for at most the sum of both.
             max_queue_bytes: Most bytes that wait to be written; two of the largest values always
                 may.
             max_queue_writes: Most writes that wait.
         """
         self._server = str(address)
         self._metrics = metrics
-        self._seconds = connect_seconds + read_seconds
+        self._connect_seconds = connect_seconds + read_seconds
+        self._read_seconds = read_seconds
         self._client = open_client(
             address,
-            ca_file=ca_file,
+            tls=tls,
             connect_seconds=connect_seconds,
             read_seconds=read_seconds,
             max_connections=_NUM_THREADS,
         )
         self._write_client = open_client(
             address,
-            ca_file=ca_file,
+            tls=tls,
             connect_seconds=connect_seconds,
             read_seconds=WRITE_SECONDS,
             max_connections=1,
@@ -171,8 +175,12 @@ class RedisCache:
 
     def _run(self, lookup: _LookUp) -> dict[str, Entry] | None:
         """In a thread: what Redis has of the keys; None when it fails. Never raises."""
-        lookup.deadline = self._deadline()
+        lookup.deadline = _deadline(self._connect_seconds)
         try:
+            self._connect()
+            if lookup.attempt.is_settled:  # the request gave up; the next one has a connection
+                return None
+            lookup.deadline = _deadline(self._read_seconds)
             with keep(lookup.deadline):
                 values = self._client.mget([KEY_PREFIX + key for key in lookup.keys])
             pairs = _pair(lookup.keys, values)
@@ -216,7 +224,8 @@ class RedisCache:
         if attempt is None:
             return
         try:
-            with keep(self._deadline()):
+            self._connect()
+            with keep(_deadline(_PATIENT_SECONDS)):
                 self._client.ping()
         except Exception as error:  # noqa: BLE001 - the log hears of it
             self._fail(attempt, error)
@@ -235,10 +244,18 @@ class RedisCache:
         if attempt.fail(error):
             self._metrics.errors(error_kind(error))
 
-    def _deadline(self) -> Deadline:
-        return Deadline(
-            self._seconds, max_seconds=_MAX_SECONDS, bytes_per_second=_MIN_BYTES_PER_SECOND
-        )
+    def _connect(self) -> None:
+        """Have a connection ready, with more patience than the request that waits for it.
+
+        Else a Redis to which TLS takes a little too long would never be used.
+        """
+        pool = self._client.connection_pool
+        with keep(_deadline(_PATIENT_SECONDS)):
+            pool.release(pool.get_connection())
+
+
+def _deadline(seconds: float) -> Deadline:
+    return Deadline(seconds, max_seconds=_MAX_SECONDS, bytes_per_second=_MIN_BYTES_PER_SECOND)
 
 
 def _pair(keys: Sequence[str], values: object) -> list[tuple[str, bytes]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from service.cache.address import check_ca_file, read_address
+from service.cache.address import read_address, read_tls
 from service.cache.entry import Entry
 from service.cache.memory import MemoryCache
 from service.cache.metrics import CacheMetrics
@@ -128,12 +128,10 @@ def _build_remote(settings: Settings, metrics: CacheMetrics) -> RedisCache:
         logger.warning(
             "--cache has a password in its URL, where others can read it: use --cache-password-file"
         )
-    if settings.cache_ca_file is not None:
-        check_ca_file(settings.cache_ca_file, address)
     return RedisCache(
         address,
         metrics,
-        ca_file=settings.cache_ca_file,
+        tls=read_tls(address, settings.cache_ca_file),
         ttl_seconds=settings.cache_ttl_seconds,
         max_value_bytes=settings.cache_max_value_bytes,
     )

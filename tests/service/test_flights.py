@@ -39,7 +39,7 @@ def in_loop(test):
             loop = asyncio.get_running_loop()
             loop.set_exception_handler(lambda _, context: complaints.append(context))
             await test()
-            gc.collect()
+            gc.collect(1)
 
         asyncio.run(watched())
         assert complaints == []

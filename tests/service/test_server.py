@@ -381,8 +381,15 @@ def test_a_request_that_cannot_be_answered_in_time_gets_a_504(server):
 
 
 def metrics_url(caplog):
-    lines = (record.getMessage() for record in caplog.records)
-    return next(match[1] for line in lines if (match := re.fullmatch(r"metrics on (.+)", line)))
+    found = []
+
+    def look():
+        lines = [record.getMessage() for record in caplog.records]
+        found.extend(match[1] for line in lines if (match := re.match(r"metrics on (.+)", line)))
+        return found
+
+    wait_for(look)
+    return found[0]
 
 
 def test_metrics_have_a_port_of_their_own_that_needs_no_key(tmp_path, caplog):

@@ -120,14 +120,12 @@ class Counted:
         return sum(self.count("errors_total", kind=kind) for kind in kinds)
 
 
-def make_cache(address, *, memory_bytes=0, max_value_bytes=16 * MIB, ca_file=None, **options):
+def make_cache(address, *, memory_bytes=0, max_value_bytes=16 * MIB, **options):
     """A cache with patient timeouts, as this machine may be busy, unless `options` name others."""
     registry = CollectorRegistry()
     metrics = CacheMetrics(registry)
     patient = {"connect_seconds": 2.0, "read_seconds": 2.0, "ttl_seconds": 1000}
-    remote = RedisCache(
-        address, metrics, ca_file=ca_file, max_value_bytes=max_value_bytes, **(patient | options)
-    )
+    remote = RedisCache(address, metrics, max_value_bytes=max_value_bytes, **(patient | options))
     memory = MemoryCache(memory_bytes, metrics) if memory_bytes else None
     cache = FeatureCache(metrics, memory=memory, remote=remote, max_value_bytes=max_value_bytes)
     return Counted(cache, registry, remote)
