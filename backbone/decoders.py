@@ -124,7 +124,7 @@ def decode_jpegs_on_device(
     for index, data in enumerate(datas):
         with contextlib.suppress(ImageError), _open(data, max_pixels) as image:
             frame = _jpeg_frame(data, image)
-            if frame is not None and frame.is_baseline:
+            if frame and frame.is_baseline and not jpeg.has_too_many_scans(data):
                 orientations[index] = _orientation(image)
     raw = jpeg.decode_batch([datas[index] for index in orientations], device)
     pixels_of = dict(zip(orientations, raw, strict=True))
@@ -202,13 +202,10 @@ def _orientation(image: Image.Image) -> int:
 
 def _turn_upright(pixels_3HW: Tensor, orientation: int) -> Tensor:
     """On a CPU channels-last in memory, so that no later step sees how the file was stored."""
-    has_columns_first, goes_up, goes_left = (
-        orientation >= 5,
-        orientation in (3, 4, 7, 8),
-        orientation in (2, 3, 6, 7),
-    )
     if orientation == 1:
         return pixels_3HW
+    has_columns_first = orientation >= 5
+    goes_up, goes_left = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     if pixels_3HW.is_cuda:
         if has_columns_first:
             pixels_3HW = pixels_3HW.transpose(1, 2)

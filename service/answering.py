@@ -1,56 +1,31 @@
 """The work for one request to `POST /features`, once its body has arrived."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from fastapi import Response
 
 from backbone.errors import ImageError
-from backbone.preprocess import decode_image
-from service import errors, wire
-from service.bodies import BodyKind, ImageSource, ImageUrl, Payload, parse_payload
-from service.boxes import BoxLimits, regions_of
+from service import errors, logs, wire
+from service.bodies import BodyKind, Payload, parse_payload
+from service.boxes import BoxLimits
 from service.composing import MappedImage, finished, serialise
 from service.etags import etag_of, matches
 from service.finishing import num_values
 from service.lifecycle import FeatureService
-from service.metrics import Stage
-from service.models import ServedModel
 from service.negotiation import MediaType
 from service.options import FeatureOptions, OptionLimits, parse_options
-from service.pixels import Pixels
 from service.responses import FramesResponse, PartsResponse
-from service.work import Examined, Item, Outcome, examine, plan_item
+from service.stages import Stages
+from service.tracing import StageSpan
+from service.work import Item, Outcome
 
 # Converting so few values takes 0.1 ms, less than the way to a thread that may be busy.
 _INLINE_VALUES = 65536
 # Lists of a JSON body that are no boxes: `images`, `boxes`, `size`, `layers`, and what is mistaken.
 _OTHER_LISTS = 16
-
-
-@dataclass(slots=True)
-class Stages:
-    """Seconds that a request spent in each stage."""
-
-    seconds: dict[Stage, float] = field(default_factory=dict)
-    _mark: float = field(default_factory=time.perf_counter)
-
-    def end(self, stage: Stage) -> None:
-        """The stage that began when the last one ended is over."""
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._mark
-        self._mark = now
-
-    def skip_to_now(self) -> None:
-        self._mark = time.perf_counter()
-
-    def header(self) -> str:
-        """The value of `Server-Timing`, in milliseconds."""
-        return ", ".join(f"{name};dur={value * 1e3:.2f}" for name, value in self.seconds.items())
 
 
 class FeatureRequest:
@@ -66,6 +41,7 @@ class FeatureRequest:
         if_none_match: str | None,
         deadline: float | None,
         stages: Stages,
+        spans: list[StageSpan],
     ) -> None:
         """
         Args:
@@ -73,6 +49,8 @@ class FeatureRequest:
             if_none_match: The header of that name.
             deadline: Of the request, in the event loop's time; frames that are not done by then
                 carry an error. Other answers are cut off by the middleware.
+            stages: What the request has gone through so far.
+            spans: Where its stages are noted for a trace.
         """
         self._service = service
         self._media = media
@@ -81,6 +59,7 @@ class FeatureRequest:
         self._if_none_match = if_none_match
         self._deadline = deadline
         self._stages = stages
+        self._spans = spans
 
     async def answer(self, body: bytes) -> Response:
         """
@@ -95,7 +74,13 @@ class FeatureRequest:
             self._media, options, num_images=len(payload.images), num_layers=len(layers)
         )
         source = wire.Source(model, layers, options)
-        planned = await self._plan(payload, options, model, layers)
+        planned = await self._service.planner.plan(
+            payload.images,
+            options,
+            model,
+            layers,
+            lists_failures=self._lists_failures(options),
+        )
         items = [item for item in planned if isinstance(item, Item)]
         num_channels = model.encoder.backbone.embed_dim
         sent_values = len(layers) * sum(
@@ -103,12 +88,20 @@ class FeatureRequest:
         )
         wire.check_response_size(self._media, sent_values, options)
         failures = [item for item in planned if isinstance(item, wire.ImageFailure)]
+        for failure in failures:
+            self._service.metrics.errors.labels(failure.error.code).inc()
         etag = None if failures else etag_of(self._media, items, options)
         if etag is not None and matches(self._if_none_match, etag):
             self._service.metrics.not_modified.inc()
             return Response(status_code=304, headers={"etag": etag, "vary": "accept"})
         outcomes = await self._service.workshop.begin(items, options.cache)
         headers = _headers(outcomes, etag)
+        logs.note(
+            model=model.name,
+            images=len(planned),
+            tokens=sum(item.num_tokens for item in items),
+            cache=headers["x-cache"],
+        )
         if self._media == "application/x-refinery-frames":
             frames = self._frames(outcomes, failures, source)
             return FramesResponse(frames, headers, on_end=partial(_leave, outcomes))
@@ -123,6 +116,7 @@ class FeatureRequest:
         self._stages.end("encode")
         for stage, seconds in self._stages.seconds.items():
             self._service.metrics.stage_seconds[stage].observe(seconds)
+        self._spans.extend(self._stages.spans())
         headers |= more | {"server-timing": self._stages.header()}
         return PartsResponse(parts, self._media, headers)
 
@@ -152,97 +146,6 @@ class FeatureRequest:
         )
         # A body may list as many boxes as are allowed, which takes a tenth of a second to read.
         return await self._service.helpers.run(parse) if payload.options else parse()
-
-    async def _plan(
-        self,
-        payload: Payload,
-        options: FeatureOptions,
-        model: ServedModel,
-        layers: tuple[int, ...],
-    ) -> list[Item | wire.ImageFailure]:
-        """What each image costs, or why it cannot be had.
-
-        Raises:
-            ServiceError: about the first image that cannot, unless the request is `partial`.
-        """
-        fetched = await self._fetch(payload.images)
-        max_pixels = self._service.settings.max_image_pixels
-        examined = await self._service.helpers.run(_examine_all, fetched, max_pixels)
-        planned: list[Item | wire.ImageFailure] = []
-        for index, (image, found) in enumerate(zip(fetched, examined, strict=True)):
-            try:
-                if isinstance(found, Exception):
-                    raise found
-                assert not isinstance(image, errors.ServiceError)
-                planned.append(self._item(index, image, found, options, model, layers))
-            except (ImageError, errors.ServiceError) as error:
-                if not self._lists_failures(options):
-                    await self._check_decodable(fetched[:index])
-                planned.append(self._failure(error, index, options))
-        return planned
-
-    async def _check_decodable(
-        self, images: Sequence[bytes | Pixels | errors.ServiceError]
-    ) -> None:
-        """Of several bad images the first is told about, also when its header was good.
-
-        Raises:
-            ServiceError: one of the images cannot be decoded.
-        """
-        max_pixels = self._service.settings.max_image_pixels
-        for index, image in enumerate(images):
-            if isinstance(image, bytes):
-                try:
-                    await self._service.decoders.run(
-                        partial(decode_image, image, max_pixels=max_pixels)
-                    )
-                except ImageError as error:
-                    raise errors.from_image_error(error, index) from error
-
-    def _item(
-        self,
-        index: int,
-        image: bytes | Pixels,
-        examined: Examined,
-        options: FeatureOptions,
-        model: ServedModel,
-        layers: tuple[int, ...],
-    ) -> Item:
-        regions = None
-        if options.boxes is not None:
-            regions = regions_of(
-                options.boxes[index],
-                examined.original,
-                index=index,
-                box_size=options.box_size,
-                normalize=options.normalize,
-            )
-        settings = self._service.settings
-        return plan_item(index, image, examined, options, model, layers, regions, settings)
-
-    async def _fetch(
-        self, images: Sequence[ImageSource]
-    ) -> list[bytes | Pixels | errors.ServiceError]:
-        """The images, those behind URLs fetched, or why they could not be."""
-        if not any(isinstance(image, ImageUrl) for image in images):
-            return [image for image in images if not isinstance(image, ImageUrl)]
-        fetcher = self._service.fetcher
-        if fetcher is None:
-            raise errors.UrlRefusedError(
-                "images by URL are turned off here; send their bytes, or ask the operator for "
-                "--allow-url-hosts"
-            )
-
-        async def fetch(image: ImageSource) -> bytes | Pixels | errors.ServiceError:
-            if not isinstance(image, ImageUrl):
-                return image
-            try:
-                data: bytes = await fetcher.fetch(image.url)
-                return data
-            except errors.ServiceError as error:
-                return error
-
-        return list(await asyncio.gather(*map(fetch, images)))
 
     def _failure(
         self, error: ImageError | errors.ServiceError, index: int, options: FeatureOptions
@@ -348,18 +251,6 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     if len(set(resolved)) < len(resolved):
         raise errors.InvalidOptionError(f"option 'layers' names a block twice: {list(layers)}")
     return resolved
-
-
-def _examine_all(
-    images: Sequence[bytes | Pixels | errors.ServiceError], max_pixels: int
-) -> list[Examined | Exception]:
-    found: list[Examined | Exception] = []
-    for image in images:
-        try:
-            found.append(image if isinstance(image, Exception) else examine(image, max_pixels))
-        except (ImageError, errors.ServiceError) as error:
-            found.append(error)
-    return found
 
 
 def _grid(item: Item) -> tuple[int, int]:

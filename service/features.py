@@ -9,11 +9,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from service import errors
-from service.answering import FeatureRequest, Stages
+from service.answering import FeatureRequest
 from service.bodies import body_kind, read_body
 from service.lifecycle import FeatureService
 from service.negotiation import MEDIA_TYPES, negotiate
 from service.schemas import describe_request
+from service.stages import Stages
 
 FEATURE_ERRORS = (
     errors.MalformedBodyError,
@@ -103,6 +104,7 @@ async def features(request: Request, service: ServiceDep) -> Response:
         if_none_match=request.headers.get("if-none-match"),
         deadline=request.scope["state"].get("deadline"),
         stages=stages,
+        spans=request.scope["state"]["stages"],
     )
     return await _unless_abandoned(answer.answer(body), request.receive)
 

@@ -21,7 +21,8 @@ from service.engine import Engine
 from service.errors import DrainingError, NotReadyError
 from service.metrics import Metrics
 from service.models import ModelRegistry, OpenEncoder, ServedModel
-from service.settings import Settings
+from service.planning import Planner
+from service.settings import Settings, SettingsError
 from service.urls import UrlFetcher
 from service.work import Workshop
 
@@ -45,7 +46,7 @@ class FeatureService:
             open_encoder: Loads a model for a device; default what the settings say.
 
         Raises:
-            SettingsError: the cache cannot be used as configured.
+            SettingsError: the cache, or a host of URLs, cannot be used as configured.
         """
         self.settings = settings
         self.metrics = Metrics()
@@ -64,13 +65,14 @@ class FeatureService:
             num_engines=len(devices),
         )
         self.cache: FeatureCache = build_cache(settings, self.metrics.registry)
-        self.fetcher = _fetcher(settings)
+        self._fetcher = _fetcher(settings)
         self.in_flight = 0
         self.failure: Exception | None = None
         self._is_loaded = False
         self._is_draining = False
         self._decoders: WorkerPool | None = None
         self._helpers: WorkerPool | None = None
+        self._planner: Planner | None = None
         self._workshop: Workshop | None = None
         self._end_watch: Callable[[], None] = lambda: None
         self.engines = [
@@ -101,10 +103,9 @@ class FeatureService:
         return self._workshop
 
     @property
-    def decoders(self) -> WorkerPool:
-        """Threads that decode images."""
-        assert self._decoders is not None, "the service is started"
-        return self._decoders
+    def planner(self) -> Planner:
+        assert self._planner is not None, "the service is started"
+        return self._planner
 
     @property
     def helpers(self) -> WorkerPool:
@@ -161,6 +162,12 @@ class FeatureService:
         torch.set_num_threads(1)
         self._decoders = WorkerPool(self.settings.num_decode_threads)
         self._helpers = WorkerPool(_NUM_HELPERS)
+        self._planner = Planner(
+            self.settings,
+            helpers=self._helpers,
+            decoders=self._decoders,
+            fetcher=self._fetcher,
+        )
         self._workshop = Workshop(
             self.settings,
             batcher=self.batcher,
@@ -266,9 +273,12 @@ def resolve_devices(device: str) -> list[str]:
 def _fetcher(settings: Settings) -> UrlFetcher | None:
     if not settings.allow_url_hosts:
         return None
-    return UrlFetcher(
-        settings.allow_url_hosts,
-        max_bytes=settings.max_body_bytes,
-        seconds=settings.url_seconds,
-        max_redirects=settings.max_url_redirects,
-    )
+    try:
+        return UrlFetcher(
+            settings.allow_url_hosts,
+            max_bytes=settings.max_body_bytes,
+            seconds=settings.url_seconds,
+            max_redirects=settings.max_url_redirects,
+        )
+    except ValueError as error:
+        raise SettingsError(f"--allow-url-hosts: {error}") from None

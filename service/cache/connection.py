@@ -151,7 +151,7 @@ class DeadlineTlsConnection(Connection):
 
     def __init__(self, *, tls: ssl.SSLContext, **options: Any) -> None:
         self._tls = tls
-        super().__init__(**options)
+        super().__init__(**options)  # type: ignore[no-untyped-call]
 
     def _connect(self) -> DeadlineSocket:
         plain: socket.socket = super()._connect()  # type: ignore[no-untyped-call]

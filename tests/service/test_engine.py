@@ -210,3 +210,29 @@ def test_spurious_scores_are_the_cosine_to_the_nearest_register_and_the_length()
     expected_N = (norms_N - norms_N.mean()) / norms_N.std(correction=0)
     torch.testing.assert_close(scores_N2[:, 1], expected_N)
     assert scores_N2[:, 1].argmax() == 2
+
+
+def test_engines_share_the_queue(watched_encoder):
+    first = Fixture(watched_encoder)
+    second = Engine(
+        0,
+        "cpu",
+        first.batcher,
+        first.metrics,
+        num_threads=1,
+        models=list,
+        on_batch=lambda *_: None,
+        on_failure=first._fail,
+    )
+    second.start()
+    watched_encoder.hold()
+
+    waiting = [first.submit(seed, layers=(seed,)) for seed in (0, 1)]
+    watched_encoder.wait_until_held()
+    watched_encoder.wait_until_held()  # both at a time: groups that cannot share a batch
+    watched_encoder.gate.set()
+
+    assert all(future.result(10) for future in waiting)
+    first.batcher.close()
+    first.engine.join(10)
+    second.join(10)

@@ -1,4 +1,6 @@
 import asyncio
+import socket
+import threading
 import time
 
 import pytest
@@ -107,3 +109,67 @@ def test_a_server_that_says_garbage_opens_the_breaker(open_cache):
 
     assert opened.lookups("skipped") >= 1
     assert opened.count("breaker_open") == 1
+
+
+@pytest.fixture
+def hanging_names(monkeypatch):
+    """An event until which nobody gets the address of a host."""
+    released = threading.Event()
+
+    def hang(*_arguments):
+        released.wait(20)
+        raise socket.gaierror("planted")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    yield released
+    released.set()
+
+
+def test_a_name_service_that_hangs_holds_up_no_request_and_opens_the_breaker(
+    hanging_names, open_cache
+):
+    opened = open_cache(RedisAddress("cache"), connect_seconds=0.05, read_seconds=0.1)
+
+    for _ in range(6):
+        begin = time.monotonic()
+        assert look_up(opened) == [None]
+        assert time.monotonic() - begin < 1.0
+
+    hanging_names.set()
+
+    assert opened.lookups("error") == 5
+    assert opened.lookups("skipped") == 1
+    assert opened.count("errors_total", kind="timeout") == 5
+    assert opened.count("breaker_open") == 1
+
+
+def test_requests_that_get_no_thread_are_skipped_and_say_nothing_against_redis(
+    hanging_names, open_cache
+):
+    opened = open_cache(RedisAddress("cache"), connect_seconds=0.05, read_seconds=5.0)
+
+    async def ask():
+        busy = [asyncio.ensure_future(opened.cache.get_many(["a"])) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        entries = await opened.cache.get_many(["b", "c"])
+        hanging_names.set()
+        await asyncio.gather(*busy)
+        return entries
+
+    assert asyncio.run(ask()) == [None, None]
+    assert opened.lookups("skipped") >= 2
+
+
+def test_closing_leaves_a_thread_behind_that_hangs_and_says_so(hanging_names, open_cache, caplog):
+    opened = open_cache(RedisAddress("cache"), connect_seconds=0.05, read_seconds=0.1)
+    look_up(opened)
+
+    async def close():
+        begin = time.monotonic()
+        await opened.cache.close(0.2)
+        seconds = time.monotonic() - begin
+        hanging_names.set()  # for asyncio ends its threads too
+        return seconds
+
+    assert asyncio.run(close()) < 1.0
+    assert "still hangs" in caplog.text
