@@ -4,10 +4,7 @@ Dimension key: H, W = the upright image in pixels, h, w = the size that it is en
 """
 
 import asyncio
-import contextlib
 import ctypes
-import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from backbone import preprocess
+from service.priority import lower_priority
 
 T = TypeVar("T")
 
@@ -26,7 +24,6 @@ _LARGE_BYTES = 6_000_000
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 # Steps of niceness that worker threads stand behind the event loop.
-_NICENESS = 5
 
 
 class DecodedImage(NamedTuple):
@@ -79,18 +76,8 @@ class WorkerPool:
 
 def _prepare_thread(ready: threading.Barrier) -> None:
     torch.set_num_threads(1)
-    _lower_priority()
+    lower_priority()
     ready.wait()
-
-
-def _lower_priority() -> None:
-    """Let the event loop run first when cores are short; on Linux, where threads are nice alone."""
-    if sys.platform != "linux":
-        return
-    thread = threading.get_native_id()
-    # A sandbox may forbid it. Nothing is lost but the promptness of answers under load.
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
 
 
 def decode_resized(

@@ -305,6 +305,7 @@ def from_image_error(error: backbone_errors.ImageError, index: int) -> ServiceEr
 
 # Errors that are about one image when they come up while one is worked on.
 _OF_ONE_IMAGE = (
+    BodyTooLargeError,  # a file behind a URL
     EncodingFailedError,
     ImageTooLargeError,
     InvalidOptionError,

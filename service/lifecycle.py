@@ -194,6 +194,8 @@ class FeatureService:
                 engine.join(_STOP_SECONDS)
         self._end_watch()
         await self.cache.close(_STOP_SECONDS)
+        if self._fetcher is not None:
+            self._fetcher.close()
         for pool in (self._decoders, self._helpers):
             if pool is not None:
                 pool.close()

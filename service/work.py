@@ -253,7 +253,8 @@ class Workshop:
             replace(item.plan, size=item.size_of(original)),
             item.num_tokens,
             item.regions,
-            wants_tokens=fills or item.regions is None,
+            # Others may join, with boxes of their own or none.
+            wants_tokens=use != "bypass" or item.regions is None,
         )
         try:
             encoded = await asyncio.wrap_future(self._batcher.submit(queued))

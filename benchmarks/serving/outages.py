@@ -28,6 +28,8 @@ _EXIT_SECONDS = 30
 _DRAIN_SECONDS = 30
 _LIVEZ_SECONDS = 10
 _UNSURE_SECONDS = 0.1  # sent so shortly before a signal that the server may not have begun
+# So many requests that shortly before the signal, but long enough to have been admitted.
+_BURST, _BURST_SECONDS = 8, 0.15
 
 
 class Later:
@@ -129,14 +131,15 @@ def x5(bench: Bench) -> Outcome:
 
 def x6(bench: Bench) -> Outcome:
     """SIGTERM under load."""
-    outcome = Outcome("X6", "SIGTERM in the middle of an open loop at 80 % of the knee")
+    outcome = Outcome("X6", "SIGTERM in an open loop at 80 % of the knee, just after a burst of 8")
     seconds = bench.seconds(30)
     with bench.service("--drain-seconds", str(_DRAIN_SECONDS)) as server:
         knee, _ = bench.find_knee(server, bench.traffic())
         exits = ExitWatch(server)
         term = Later(seconds / 2, server.terminate)
         offsets = arrivals(rate=0.8 * knee.rate, seconds=seconds, seed=bench.arguments.seed)
-        load = open_loop(server.target, bench.traffic(), offsets)
+        offsets += [seconds / 2 - _BURST_SECONDS] * _BURST  # so that it has something to finish
+        load = open_loop(server.target, bench.traffic(), sorted(offsets))
         term.join()
         exits.join(_DRAIN_SECONDS + _EXIT_SECONDS)
         status, ended_at = exits.status, exits.at  # of its own accord, not because of us

@@ -19,7 +19,6 @@ from redis.retry import Retry
 
 from service.cache.address import RedisAddress
 
-_READ_BYTES = 1024 * 1024  # with redis-py's 32 KiB, values of 2 MB take twice as long
 _SEND_BYTES = 256 * 1024
 
 
@@ -73,10 +72,9 @@ def open_client(
         connect_seconds: Longest wait for the connection.
         read_seconds: Longest wait for the next piece of an answer, or for room to send one.
     """
-    options: dict[str, Any] = {"connection_class": DeadlineConnection}
-    if tls is not None:
-        options = {"connection_class": DeadlineTlsConnection, "tls": tls}
     pool = ConnectionPool(
+        connection_class=DeadlineConnection,
+        tls=tls,
         host=address.host,
         port=address.port,
         db=address.db,
@@ -84,12 +82,10 @@ def open_client(
         password=address.password,
         socket_connect_timeout=connect_seconds,
         socket_timeout=read_seconds,
-        socket_read_size=_READ_BYTES,
         health_check_interval=0,
         retry=Retry(NoBackoff(), 0),
         protocol=2,  # without the extra exchange that protocol 3 begins with
         max_connections=max_connections,
-        **options,
     )
     return redis.Redis.from_pool(pool)  # which its close() closes too
 
@@ -141,31 +137,37 @@ class DeadlineSocket:
 
 
 class DeadlineConnection(Connection):
-    def _connect(self) -> DeadlineSocket:
-        return DeadlineSocket(super()._connect())  # type: ignore[no-untyped-call]
+    """A connection whose socket keeps to deadlines, with TLS or without.
 
+    One TLS context serves all: redis-py's own class reads the authorities anew for each connection,
+    which takes longer than a look-up may.
+    """
 
-class DeadlineTlsConnection(Connection):
-    """With one context for all connections: redis-py's own class reads the authorities anew for
-    each, which takes longer than a look-up may."""
+    stream: DeadlineSocket  # of the last connect
 
-    def __init__(self, *, tls: ssl.SSLContext, **options: Any) -> None:
+    def __init__(self, *, tls: ssl.SSLContext | None = None, **options: Any) -> None:
         self._tls = tls
         super().__init__(**options)  # type: ignore[no-untyped-call]
 
     def _connect(self) -> DeadlineSocket:
-        plain: socket.socket = super()._connect()  # type: ignore[no-untyped-call]
+        connected = super()._connect()  # type: ignore[no-untyped-call]
+        if self._tls is not None:
+            connected = self._encrypt(connected, self._tls)
+        self.stream = DeadlineSocket(connected)
+        return self.stream
+
+    def _encrypt(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
         deadline = _deadline.get()
         if deadline is not None:
             # Of the handshake as a whole, which has several exchanges.
             plain.settimeout(max(deadline.remaining(), 0.001))
         try:
-            encrypted = self._tls.wrap_socket(plain, server_hostname=self.host)
+            encrypted = tls.wrap_socket(plain, server_hostname=self.host)
         except OSError:
             plain.close()
             raise
         encrypted.settimeout(self.socket_timeout)
-        return DeadlineSocket(encrypted)
+        return encrypted
 
 
 def _progress(num_bytes: int) -> None:

@@ -105,11 +105,11 @@ def dump(entry: Entry, key: str) -> bytes:
     return b"".join([FORMAT, _checksum(key, body), *body])
 
 
-def load(data: bytes | bytearray, key: str) -> Entry:
+def load(data: bytes | bytearray | memoryview, key: str) -> Entry:
     """The entry that `dump` wrote under this key.
 
-    The tensors are views on a `bytearray`, which must not change any more. `bytes` are copied once:
-    PyTorch has no read-only tensors, and the copy costs a fortieth of the checksum.
+    The tensors are views on memory that can be written to, which nobody may do any more; what is
+    read-only is copied once, as PyTorch has no read-only tensors.
 
     Raises:
         CorruptEntryError: anything else than all that `dump` wrote, and nothing more.
@@ -121,17 +121,17 @@ def load(data: bytes | bytearray, key: str) -> Entry:
     if view[len(FORMAT) : _PREFIX_BYTES] != _checksum(key, [body]):
         raise CorruptEntryError("the checksum of key and value is another one")
     try:
-        return _parse(data if isinstance(data, bytearray) else bytearray(data))
+        return _parse(memoryview(bytearray(view)) if view.readonly else view)
     except _MALFORMED as error:
         # A checksum is no signature: another program can write a right one over anything.
         raise CorruptEntryError(f"another program wrote it: {error}") from error
 
 
-def _parse(data: bytearray) -> Entry:
+def _parse(data: memoryview) -> Entry:
     (length,) = _LENGTH.unpack_from(data, _PREFIX_BYTES)
     begin = _PREFIX_BYTES + _LENGTH.size
     base = begin + length
-    header = orjson.loads(memoryview(data)[begin:base])
+    header = orjson.loads(data[begin:base])
     metadata = header.pop(_METADATA)
     tensors = {}
     for name, item in header.items():
@@ -143,7 +143,7 @@ def _parse(data: bytearray) -> Entry:
     return Entry(tensors, metadata)
 
 
-def _view(data: bytearray, offset: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _view(data: memoryview, offset: int, shape: list[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)

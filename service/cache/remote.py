@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from redis.exceptions import InvalidResponse
-
 from service.cache.address import RedisAddress
 from service.cache.breaker import Attempt, CircuitBreaker
-from service.cache.connection import Deadline, keep, open_client
+from service.cache.connection import Deadline, DeadlineConnection, keep, open_client
 from service.cache.entry import CorruptEntryError, Entry, load
 from service.cache.failures import error_kind
 from service.cache.metrics import CacheMetrics
+from service.cache.replies import read_values
 from service.cache.writer import KEY_PREFIX, WRITE_SECONDS, WriteBehind
 
 logger = logging.getLogger(__name__)
@@ -177,19 +176,17 @@ class RedisCache:
         """In a thread: what Redis has of the keys; None when it fails. Never raises."""
         lookup.deadline = _deadline(self._connect_seconds)
         try:
-            self._connect()
-            if lookup.attempt.is_settled:  # the request gave up; the next one has a connection
-                return None
-            lookup.deadline = _deadline(self._read_seconds)
-            with keep(lookup.deadline):
-                values = self._client.mget([KEY_PREFIX + key for key in lookup.keys])
-            pairs = _pair(lookup.keys, values)
+            values = self._ask(lookup)
         except Exception as error:  # noqa: BLE001 - a miss whatever it is; metrics and breaker hear of it
             self._fail(lookup.attempt, error)
             return None
+        if values is None:
+            return None
         lookup.attempt.succeed()
         found = {}
-        for key, value in pairs:
+        for key, value in zip(lookup.keys, values, strict=True):
+            if value is None:
+                continue
             self._metrics.read_bytes.inc(len(value))
             try:
                 found[key] = load(value, key)
@@ -198,6 +195,28 @@ class RedisCache:
             else:
                 self._writer.touch(key)
         return found
+
+    def _ask(self, lookup: _LookUp) -> list[memoryview | None] | None:
+        """One MGET; None when the request has gone before it could be sent."""
+        pool = self._client.connection_pool
+        # With more patience than the request: else a Redis to which TLS takes a little too long
+        # would never be used.
+        with keep(_deadline(_PATIENT_SECONDS)):
+            connection = pool.get_connection()
+        assert isinstance(connection, DeadlineConnection)
+        try:
+            if lookup.attempt.is_settled:
+                return None
+            lookup.deadline = _deadline(self._read_seconds)
+            with keep(lookup.deadline):
+                names = [KEY_PREFIX + key for key in lookup.keys]
+                connection.send_command("MGET", *names)  # type: ignore[no-untyped-call]
+                return read_values(connection, len(lookup.keys))
+        except BaseException:
+            connection.disconnect()  # type: ignore[no-untyped-call]
+            raise
+        finally:
+            pool.release(connection)
 
     def _note_no_thread(self, lookup: _LookUp) -> None:
         # All threads are busy, which says nothing about Redis, unless it has failed already.
@@ -224,7 +243,6 @@ class RedisCache:
         if attempt is None:
             return
         try:
-            self._connect()
             with keep(_deadline(_PATIENT_SECONDS)):
                 self._client.ping()
         except Exception as error:  # noqa: BLE001 - the log hears of it
@@ -244,31 +262,9 @@ class RedisCache:
         if attempt.fail(error):
             self._metrics.errors(error_kind(error))
 
-    def _connect(self) -> None:
-        """Have a connection ready, with more patience than the request that waits for it.
-
-        Else a Redis to which TLS takes a little too long would never be used.
-        """
-        pool = self._client.connection_pool
-        with keep(_deadline(_PATIENT_SECONDS)):
-            pool.release(pool.get_connection())
-
 
 def _deadline(seconds: float) -> Deadline:
     return Deadline(seconds, max_seconds=_MAX_SECONDS, bytes_per_second=_MIN_BYTES_PER_SECOND)
-
-
-def _pair(keys: Sequence[str], values: object) -> list[tuple[str, bytes]]:
-    """The keys that have a value, each with it."""
-    if not isinstance(values, list) or len(values) != len(keys):
-        raise InvalidResponse("MGET was not answered with one value for each key")
-    pairs = []
-    for key, value in zip(keys, values, strict=True):
-        if isinstance(value, bytes):
-            pairs.append((key, value))
-        elif value is not None:
-            raise InvalidResponse(f"MGET was answered with {type(value).__name__}")
-    return pairs
 
 
 async def _wait(future: "Future[dict[str, Entry] | None]", lookup: _LookUp) -> None:

@@ -203,6 +203,30 @@ def test_500_identical_misses_at_once_are_one_forward(settings, watched_encoder,
     assert len(watched_encoder.batches) == 1
 
 
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_one_computation_serves_boxes_and_patches_alike(settings, watched_encoder, cache):
+    queries = ["boxes=0,0,40,40", "boxes=8,8,60,70&box_size=3", "pool=2", "dtype=float32"]
+
+    async def ask(client, service):
+        def post(query):
+            return client.post(f"/features?{query}", content=PHOTO, headers=PNG)
+
+        wanted = [await post(f"{query}&cache=bypass") for query in queries]
+        watched_encoder.hold()
+        asked = [asyncio.ensure_future(post(query)) for query in queries]
+        await asyncio.to_thread(watched_encoder.wait_until_held)
+        while service.metrics.coalesced_images._value.get() < 3:
+            await asyncio.sleep(0.01)
+        watched_encoder.gate.set()
+        return wanted, await asyncio.gather(*asked)
+
+    wanted, found = asyncio.run(in_process(settings(cache=cache), watched_encoder, ask))
+
+    assert len(watched_encoder.batches) == 1
+    for one, other in zip(wanted, found, strict=True):
+        assert one.content == other.content
+
+
 def test_one_request_with_the_same_image_twice_computes_it_once(serve, watched_encoder):
     with serve(lambda *_: watched_encoder) as client:
         watched_encoder.batches.clear()
@@ -261,6 +285,8 @@ def test_a_deadline_takes_a_waiting_image_out_of_the_queue(settings, watched_enc
         first = asyncio.ensure_future(client.post("/features", content=OTHER, headers=PNG))
         await asyncio.to_thread(watched_encoder.wait_until_held)
         late = await client.post("/features", content=PHOTO, headers=PNG | {"x-deadline-ms": "50"})
+        while service.admission.tokens > watched_encoder.num_tokens(64, 64):
+            await asyncio.sleep(0.01)  # the cancellation is on its way to the queue
         watched_encoder.gate.set()
         await first
         return late, service.admission.tokens

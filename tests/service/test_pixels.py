@@ -117,12 +117,12 @@ def test_the_same_pixels_have_one_digest_however_they_came():
         (batch(4, 5, 4), r"uint8 \[4, 5, 4\]"),
         (batch(2, 3, 4, 5), r"uint8 \[2, 3, 4, 5\]"),
         (batch(1, 1, 4, 5, 3), r"uint8 \[1, 1, 4, 5, 3\]"),
-        (np.uint8(3)[()].reshape(()), r"uint8 \[\]"),
+        (np.array(3, np.uint8), r"uint8 \[\]"),
         (batch(0, 4, 5, 3), r"\[0, 4, 5, 3\] is empty"),
         (batch(2, 0, 5, 3), "is empty"),
         (batch(1, 1, 1, 1, 1, 1, 1, 1), r"uint8 \[1, 1, 1, 1, 1, 1\]"),
     ],
-    ids=str,
+    ids=lambda value: f"{value.dtype}{value.shape}" if hasattr(value, "dtype") else "",
 )
 def test_another_array_is_refused_with_what_came_and_what_is_wanted(write, array, message):
     read = read_npy if write is npy else read_safetensors
@@ -268,7 +268,7 @@ HUGE = [
         *[(read_npy, npy_of(shape, data=b"abc")) for shape in HUGE],
         (read_npy, npy_of((1, 1, 3), f"'|V{2**30}'", b"abc")),
         (read_safetensors, tensors_of({"images": entry([2**62, 2**62, 3])}, b"abc")),
-        (read_safetensors, tensors_of({"images": entry([2**62] * 50_00)}, b"abc")),
+        (read_safetensors, tensors_of({"images": entry([2**62] * 3000)}, b"abc")),
         (read_safetensors, tensors_of({"n" * 60_000: entry()}, b"abc")),
         (read_safetensors, tensors_of(b"[" * 60_000, b"abc")),
         (read_npy, npy_of("(" * 9000)),

@@ -5,10 +5,12 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx2 as httpx
 import pytest
 
 from service.settings import Settings, SettingsError
 from service.tracing import OpenTelemetryTracer, StageSpan, open_tracer, trace_context
+from tests.service.small_service import running, small_app
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -143,7 +145,6 @@ def record(tracer, context, **changes):
 
 
 def test_a_request_becomes_a_span_of_the_callers_trace_with_its_stages_below(collector):
-    pytest.importorskip("opentelemetry.sdk")
     tracer = OpenTelemetryTracer(collector.url, "1.2")
     context = trace_context([PARENT])
     now = time.perf_counter()
@@ -206,3 +207,17 @@ def test_a_dead_collector_costs_little_and_is_logged_once(caplog):
     messages = [entry.getMessage() for entry in caplog.records]
     assert sum("cannot be sent to http://127.0.0.1:9/v1/traces" in line for line in messages) <= 1
     assert 1 <= len(messages) <= 2, messages
+
+
+def test_a_served_request_reaches_the_collector_under_the_ids_of_its_answer(collector):
+    app = small_app(otlp_endpoint=collector.url)
+
+    with running(app) as server:
+        answer = httpx.post(server.url + "/features", headers={"traceparent": PARENT})
+        httpx.get(server.url + "/info")
+    app.state.tracer.close()
+
+    (span,) = collector.spans
+    assert answer.headers["traceparent"] == f"00-{TRACE}-{span.span_id.hex()}-01"
+    assert span.trace_id.hex() == TRACE
+    assert attributes_of(span)["http.response.status_code"] == 200

@@ -76,6 +76,13 @@ def test_a_thread_that_was_held_up_by_a_trickle_comes_back(open_cache):
         b"$abc\r\n",
         b"*1\r\n:7\r\n",
         b"*2\r\n$-1\r\n$-1\r\n",
+        b"*1\r\n$3\r\nabcdef\r\n",
+        b"*1\r\n$9\r\nabc\r\n",
+        b"*1\r\n$-5\r\n",
+        b"*1\r\n$999999999999\r\n",
+        b"*1\r\n$-1\r\nmore",
+        b"*x\r\n",
+        b"x" * 300_000,
         b"*-1\r\n",
         b":1\r\n",
         b"+OK\r\n",
@@ -92,7 +99,7 @@ def test_whatever_a_server_says_is_a_miss_and_counted(open_cache, text):
             connection.close()
 
     with tcp_server(answer) as port:
-        opened = open_cache(RedisAddress("127.0.0.1", port))
+        opened = open_cache(RedisAddress("127.0.0.1", port), connect_seconds=0.2, read_seconds=0.2)
         assert look_up(opened) == [None]
         asyncio.run(opened.cache.close(1.0))
 
