@@ -8,8 +8,8 @@ val/ the folders images/ and labels/ (PNG, one class number per pixel, 255 = ign
 fetched once, several requests in flight, and kept in OUTPUT; a second run trains at once. Prints
 the mIoU of the val part and draws OUTPUT/prediction.png.
 
-Dimension key: B = images, H, W = pixels of a label map, h, w = patch grid, C = channels,
-K = classes.
+Dimension key: B = images, H, W = pixels of a label map, h, w = patch grid, X = any number of
+patches, C = channels, K = classes.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def say(line: str) -> None:
 
 
 def fetch(client: FeatureClient, images: list[Path], size: int, cache: Path) -> Tensor:
-    """Features of the images, float16 [B, C, h, w]; asked for only if they are not in `cache`."""
+    """Features of the images, float16 [B, h, w, C]; asked for only if they are not in `cache`."""
     names = [image.name for image in images]
     if not is_cached(cache, names, size, client.info()["model"]["digest"]):
         started = time.monotonic()
         with FeatureFile(cache) as file:
-            for index, found in client.stream(images, size=size, layout="nchw"):
+            for index, found in client.stream(images, size=size):
                 if isinstance(found, FeatureError):
                     raise found
                 file.add(names[index], found)
@@ -52,7 +52,7 @@ def fetch(client: FeatureClient, images: list[Path], size: int, cache: Path) -> 
         seconds = time.monotonic() - started
         say(f"fetched {len(images)} images in {seconds:.1f} s, {len(images) / seconds:.1f}/s")
     with safe_open(cache, "pt") as saved:
-        return torch.cat([saved.get_tensor(name) for name in names])
+        return torch.stack([saved.get_tensor(name) for name in names])
 
 
 def is_cached(cache: Path, names: list[str], size: int, digest: str) -> bool:
@@ -74,41 +74,56 @@ def read_labels(images: list[Path]) -> list[Tensor]:
 
 
 def class_shares(label_HW: Tensor, num_classes: int, grid: tuple[int, int]) -> Tensor:
-    """How much of each patch each class covers, [K, h, w]; pixels to ignore count for none."""
+    """How much of each patch each class covers, [h, w, K]; pixels to ignore count for none."""
     one_hot_HWK = F.one_hot(label_HW.long().clamp(max=num_classes), num_classes + 1)
-    return F.adaptive_avg_pool2d(one_hot_HWK.permute(2, 0, 1).float(), grid)[:num_classes]
+    shares_Khw = F.adaptive_avg_pool2d(one_hot_HWK.permute(2, 0, 1).float(), grid)
+    return shares_Khw[:num_classes].permute(1, 2, 0)
 
 
-def train(features_BChw: Tensor, shares_BKhw: Tensor, *, epochs: int, batch_size: int) -> nn.Module:
-    """A linear head [B, C, h, w] -> [B, K, h, w], on channels of unit variance."""
-    num_classes, channels = shares_BKhw.shape[1], features_BChw.shape[1]
-    head = nn.Sequential(
-        nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, num_classes, kernel_size=1)
-    )
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=1e-3)
-    steps = epochs * -(-len(features_BChw) // batch_size)
+class Head(nn.Module):
+    """A linear layer on channels of unit variance: [..., C] -> [..., K]."""
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, vectors_XC: Tensor, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_C", vectors_XC.mean(dim=0))
+        self.register_buffer("std_C", vectors_XC.std(dim=0) + 1e-6)
+        self.linear = nn.Linear(vectors_XC.shape[1], num_classes)
+
+    def forward(self, vectors_XC: Tensor) -> Tensor:
+        logits_XK: Tensor = self.linear((vectors_XC - self.mean_C) / self.std_C)
+        return logits_XK
+
+
+def train(vectors_XC: Tensor, shares_XK: Tensor, *, epochs: int, batch_size: int) -> Head:
+    """Fit a head to what patches really hold: no need to upsample while training."""
+    head = Head(vectors_XC, shares_XK.shape[1])
+    # Else poles and signs, a hundredth of all pixels, would never be named.
+    weight_K = shares_XK.mean(dim=0).clamp(min=1e-6).rsqrt()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-3)
+    steps = epochs * -(-len(vectors_XC) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(epochs):
         losses = []
-        for batch in torch.split(torch.randperm(len(features_BChw)), batch_size):
-            log_shares_BKhw = head(features_BChw[batch].float()).log_softmax(dim=1)
-            # Cross-entropy with what is really in a patch: no need to upsample while training.
-            wanted_BKhw = shares_BKhw[batch]
-            loss = -(wanted_BKhw * log_shares_BKhw).sum() / wanted_BKhw.sum()
+        for batch in torch.split(torch.randperm(len(vectors_XC)), batch_size):
+            log_shares_XK = head(vectors_XC[batch]).log_softmax(dim=-1)
+            wanted_XK = shares_XK[batch] * weight_K
+            loss = -(wanted_XK * log_shares_XK).sum() / wanted_XK.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        if epoch % max(1, epochs // 5) == 0 or epoch == epochs - 1:
-            say(f"epoch {epoch} loss {sum(losses) / len(losses):.4f}")
-    return head.eval()
+        say(f"epoch {epoch} loss {sum(losses) / len(losses):.4f}")
+    return head
 
 
 @torch.inference_mode()
-def predict(head: nn.Module, features_Chw: Tensor, size: tuple[int, int]) -> Tensor:
+def predict(head: Head, features_hwC: Tensor, size: tuple[int, int]) -> Tensor:
     """Class numbers [H, W] of one image."""
-    logits_1Khw = head(features_Chw[None].float())
+    logits_1Khw = head(features_hwC.float()).permute(2, 0, 1)[None]
     upsampled_1KHW = F.interpolate(logits_1Khw, size=size, mode="bilinear", align_corners=False)
     return upsampled_1KHW[0].argmax(dim=0)
 
@@ -143,11 +158,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for what is made")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
     parser.add_argument("--size", type=int, default=480, help="longest side, whole patches")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=16, help="images in a step")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=4096, help="patches in a step")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # steps as small as these only wait for threads
     classes = list(json.loads((arguments.data / "classes.json").read_text()).values())
     arguments.output.mkdir(parents=True, exist_ok=True)
     parts = {}
@@ -155,22 +171,25 @@ def main() -> None:
         for part in ("train", "val"):
             images = sorted((arguments.data / part / "images").iterdir())
             cache = arguments.output / f"{part}.safetensors"
-            features_BChw = fetch(client, images, arguments.size, cache)
-            parts[part] = (images, features_BChw, read_labels(images))
+            features_BhwC = fetch(client, images, arguments.size, cache)
+            parts[part] = (images, features_BhwC, read_labels(images))
 
-    _, features_BChw, labels = parts["train"]
-    grid = (features_BChw.shape[2], features_BChw.shape[3])
-    shares_BKhw = torch.stack([class_shares(label, len(classes), grid) for label in labels])
+    _, features_BhwC, labels = parts["train"]
+    grid = (features_BhwC.shape[1], features_BhwC.shape[2])
+    shares_BhwK = torch.stack([class_shares(label, len(classes), grid) for label in labels])
     started = time.monotonic()
     head = train(
-        features_BChw, shares_BKhw, epochs=arguments.epochs, batch_size=arguments.batch_size
+        features_BhwC.flatten(0, 2).float(),
+        shares_BhwK.flatten(0, 2),
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
     )
     say(f"trained in {time.monotonic() - started:.1f} s")
 
-    images, features_BChw, labels = parts["val"]
+    images, features_BhwC, labels = parts["val"]
     predictions = [
-        predict(head, features_Chw, (label.shape[0], label.shape[1]))
-        for features_Chw, label in zip(features_BChw, labels, strict=True)
+        predict(head, features_hwC, (label.shape[0], label.shape[1]))
+        for features_hwC, label in zip(features_BhwC, labels, strict=True)
     ]
     iou_K = class_iou(predictions, labels, len(classes))
     for name, iou in zip(classes, iou_K.tolist(), strict=True):

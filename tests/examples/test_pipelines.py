@@ -64,7 +64,7 @@ def test_the_segmentation_pipeline_learns_and_keeps_its_features(server, scenes,
     output = tmp_path / "output"
     arguments = ("--data", scenes, "--output", output, "--url", server, "--size", 64)
 
-    first = run("segment_camvid.py", *arguments, "--epochs", 40, "--batch-size", 4)
+    first = run("segment_camvid.py", *arguments, "--epochs", 30, "--batch-size", 32)
     second = run("segment_camvid.py", *arguments, "--epochs", 1)
 
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", first)]

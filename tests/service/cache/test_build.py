@@ -174,6 +174,22 @@ def test_a_certificate_of_the_authority_given_is_trusted(tls_server, certificate
 
 
 @pytest.mark.redis
+def test_values_of_megabytes_go_through_tls(tls_server, certificates):
+    opened = build(
+        cache=f"rediss://127.0.0.1:{tls_server.port}",
+        cache_ca_file=certificates / "ca.pem",
+        cache_bytes=0,
+    )
+    opened.cache.start()
+    for index in range(3):
+        opened.cache.put(f"k{index}", make_entry(index, num_bytes=4 * MIB))
+    wait_until(lambda: opened.count("written_bytes_total") > 12 * MIB)
+
+    wait_until(lambda: get_many(opened, ["k2", "x", "k0", "k1"]) == [2, None, 0, 1])
+    asyncio.run(opened.cache.close(1.0))
+
+
+@pytest.mark.redis
 @pytest.mark.parametrize("authority", ["other.pem", None])
 def test_a_certificate_of_nobody_known_is_refused(tls_server, certificates, caplog, authority):
     opened = build(
