@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return _USAGE_STATUS
     if invocation.print_config:
-        sys.stdout.write(invocation.settings.model_dump_json(indent=2) + "\n")
+        sys.stdout.write(invocation.settings.shown() + "\n")
         return 0
     settings = invocation.settings
     logs.configure(settings.log_level, settings.log_format)

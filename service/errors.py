@@ -4,7 +4,8 @@ A class says what the client did or met; its docstring is what the OpenAPI docum
 documentation and answers cannot drift apart.
 
 ServiceError
-  MalformedBodyError, MalformedImageError, MalformedPixelsError, InvalidDeadlineError   400
+  MalformedRequestError, MalformedBodyError, MalformedImageError, MalformedPixelsError,
+  InvalidDeadlineError                                  400
   UnauthorizedError                                     401
   ForbiddenError, UrlRefusedError                       403
   NotFoundError, UnknownModelError                      404
@@ -75,6 +76,12 @@ class ServiceError(Exception):
                 index=self.index,
             )
         )
+
+
+class MalformedRequestError(ServiceError):
+    """What came is not HTTP/1.1."""
+
+    status, code = 400, "malformed_request"
 
 
 class MalformedBodyError(ServiceError):

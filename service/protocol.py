@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.errors import HeadersTooLargeError, ServiceError
+from service.errors import HeadersTooLargeError, MalformedRequestError, ServiceError
 from service.logs import fields
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,6 @@ _LINGER_SECONDS = 2.0
 # An answer must make at least this progress in this time, or nobody is reading it.
 _STALL_SECONDS = 30.0
 _STALL_BYTES = 16 * 1024
-
-
-class MalformedRequestError(ServiceError):
-    """What came is not HTTP/1.1."""
-
-    status, code = 400, "malformed_request"
 
 
 class ConnectionLimits(NamedTuple):

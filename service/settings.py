@@ -246,6 +246,11 @@ class Settings(BaseModel):
         sizes = (bucket.split("x") for bucket in self.buckets)
         return tuple((int(height), int(width)) for height, width in sizes)
 
+    def shown(self) -> str:
+        """All settings as JSON, without the password that the cache's URL may hold."""
+        cache = re.sub(r"(://[^@]*):[^@]*@", r"\1:***@", self.cache)
+        return self.model_copy(update={"cache": cache}).model_dump_json(indent=2)
+
     @property
     def num_decode_threads(self) -> int:
         return self.decode_threads or available_cores()

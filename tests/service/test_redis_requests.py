@@ -1,4 +1,4 @@
-"""Replicas that share a Redis, over HTTP: hits of each other's work, and no harm from its faults."""
+"""Replicas that share a Redis, over HTTP: what one computes all find, and its faults do no harm."""
 
 import time
 

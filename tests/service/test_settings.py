@@ -175,3 +175,10 @@ def test_an_abbreviated_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--mod", "m"], {})
     assert "--mod" in capsys.readouterr().err
+
+
+def test_the_shown_settings_hold_no_password():
+    settings = Settings(model=("m",), cache="redis://user:secret@host:6379/0")
+
+    assert "secret" not in settings.shown()
+    assert "redis://user:***@host:6379/0" in settings.shown()
