@@ -9,7 +9,6 @@ from safetensors.numpy import load
 
 from tests.service.box_requests import OTHER, PHOTO, PNG, fault, post, post_json
 
-
 TOO_MANY = "too_many_boxes"
 
 

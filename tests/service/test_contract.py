@@ -72,7 +72,11 @@ TEXTS = st.text(max_size=12) | st.sampled_from(
     ["-1", "0", "1e9", "[1,2]", "true", "null", "9" * 40]
 )
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS,
     lambda children: st.lists(children, max_size=4) | st.dictionaries(TEXTS, children, max_size=3),
     max_leaves=8,
 )

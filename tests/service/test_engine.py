@@ -137,7 +137,7 @@ def test_a_lost_device_ends_the_engine_and_everybody_hears_it(engine, watched_en
     assert not engine.engine.is_alive
 
 
-def test_memory_that_does_not_suffice_is_no_lost_device(engine, watched_encoder, caplog):
+def test_memory_that_does_not_suffice_is_no_lost_device(engine, watched_encoder):
     watched_encoder.hold()
     watched_encoder.error = torch.OutOfMemoryError("CUDA out of memory")
     watched_encoder.fails = lambda images: len(images) > 1
@@ -167,7 +167,7 @@ def test_a_busy_engine_tells_for_how_long_and_a_waiting_one_does_not(engine, wat
     assert [tokens for tokens, _ in engine.rates][0] == 10
 
 
-def test_what_a_stuck_engine_works_on_can_be_answered_for_it(engine, watched_encoder, caplog):
+def test_what_a_stuck_engine_works_on_can_be_answered_for_it(engine, watched_encoder):
     watched_encoder.hold()
     first = engine.submit(0)
     watched_encoder.wait_until_held()

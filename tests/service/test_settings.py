@@ -4,7 +4,6 @@ from kernels import dispatch
 from service.command_line import KERNELS_VARIABLE, load_settings, parse_arguments
 from service.settings import Settings, SettingsError
 
-
 CHOSEN = {
     "model": "a=one,two",
     "weights": "w.pt",
