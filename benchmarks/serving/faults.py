@@ -12,7 +12,17 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from benchmarks.load import Client, Job, Load, Target, arrivals, closed_loop, open_loop_async, run
+from benchmarks.load import (
+    Client,
+    Job,
+    Load,
+    Sample,
+    Target,
+    arrivals,
+    closed_loop,
+    open_loop_async,
+    run,
+)
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.images import bomb, corrupt, kinds_of, with_comment
 from benchmarks.serving.measure import (
@@ -74,26 +84,24 @@ async def _among_leavers(
     generator = random.Random(bench.arguments.seed)
     started = time.perf_counter()
     deadline = started + seconds
-    samples = []
-    left = 0
+    samples: list[Sample] = []
+    leavers: list[asyncio.Task[Sample]] = []
+    num_sent = 0
 
     async def stay() -> None:
+        nonlocal num_sent
         while time.perf_counter() < deadline:
+            num_sent += 1
+            if len(leavers) < num_sent * _LEAVERS / (1 - _LEAVERS):
+                waits = generator.uniform(0.1, 0.35) * patience
+                job = traffic.fresh()._replace(leaves_after=waits)
+                leavers.append(asyncio.create_task(leaving.ask(job)))
             samples.append(await client.ask(traffic.fresh()))
 
-    async def leave() -> None:
-        nonlocal left
-        while time.perf_counter() < deadline:
-            waits = generator.uniform(0.1, 0.35) * patience
-            sample = await leaving.ask(traffic.fresh()._replace(leaves_after=waits))
-            left += sample.failure == "left"
-            # As often as those who stay: it is 30 % of the requests that leave.
-            await asyncio.sleep(max(0.0, sample.sent + patience - time.perf_counter()))
-
-    num_leavers = round(clients * _LEAVERS / (1 - _LEAVERS))
-    everyone = [stay() for _ in range(clients)] + [leave() for _ in range(num_leavers)]
-    await asyncio.gather(*everyone)
+    await asyncio.gather(*(stay() for _ in range(clients)))
+    left = sum(sample.failure == "left" for sample in await asyncio.gather(*leavers))
     client.close()
+    leaving.close()
     return Load(started, deadline, samples), left
 
 

@@ -5,6 +5,7 @@ O2  bursts at 80 % of the knee, with half hits
 X1  twice the knee, then half of it: how overload is bounded, and how fast it is over
 """
 
+import math
 import statistics
 
 from benchmarks.load import Load, Sample, arrivals, closed_loop, open_loop
@@ -16,12 +17,13 @@ from benchmarks.serving.measure import (
     open_summary,
 )
 from benchmarks.serving.outcome import Outcome, Table, livez_table, load_table, stage_table
+from benchmarks.serving.processes import ServerProcess
 from benchmarks.serving.watch import watching
 
 _HIT_RATES = (0.0, 0.5, 0.95)
 _GOODPUT_SHARE = 0.99
 _BURSTINESS = 0.25
-_SLO_LATENCIES = 10  # times the single-request latency, when no --slo-ms is given
+_SLO_LATENCIES = 10  # times the latency of one request alone, when no --slo-ms is given
 _QUEUE_SECONDS = 2.0
 _RECOVERY_SECONDS = 10.0
 _BACK = 1.5  # times the latency before
@@ -34,11 +36,11 @@ def o1(bench: Bench) -> Outcome:
     rows: list[tuple[str, Figures]] = []
     knees: Figures = {}
     with bench.service() as server:
+        slo = _slo_seconds(bench, server)
         for hit_rate in _HIT_RATES:
             traffic = bench.mixed_traffic(hit_rate=hit_rate)
-            knee, points = bench.find_knee(server, traffic)
-            slo = _slo_seconds(bench, points)
-            knees[f"{hit_rate:.0%}"] = knee._asdict() | {"slo_ms": slo * 1e3}
+            knee, _ = bench.find_knee(server, traffic)
+            knees[f"{hit_rate:.0%}"] = knee._asdict()
             for share in bench.arguments.shares:
                 rate = share * knee.rate
                 offsets = arrivals(rate=rate, seconds=bench.seconds(300), seed=bench.arguments.seed)
@@ -63,8 +65,8 @@ def o2(bench: Bench) -> Outcome:
     outcome = Outcome("O2", "open loop, gamma arrivals of shape 0.25, mixed sizes, half hits")
     with bench.service() as server:
         traffic = bench.mixed_traffic(hit_rate=0.5)
-        knee, points = bench.find_knee(server, traffic)
-        slo = _slo_seconds(bench, points)
+        slo = _slo_seconds(bench, server)
+        knee, _ = bench.find_knee(server, traffic)
         offsets = arrivals(
             rate=0.8 * knee.rate,
             seconds=bench.seconds(300),
@@ -146,10 +148,14 @@ def x1(bench: Bench) -> Outcome:
     return outcome
 
 
-def _slo_seconds(bench: Bench, points: list[Figures]) -> float:
+def _slo_seconds(bench: Bench, server: ServerProcess) -> float:
+    """`--slo-ms`, or what a mixed image takes that is new and alone, times some."""
     if bench.arguments.slo_ms:
         return float(bench.arguments.slo_ms) / 1e3
-    return float(_SLO_LATENCIES * points[0]["latency_ms"]["p50"] / 1e3)
+    traffic = bench.mixed_traffic()
+    closed_loop(server.target, traffic, clients=1, seconds=1)
+    alone = closed_loop(server.target, traffic, clients=1, seconds=bench.short(10))
+    return _SLO_LATENCIES * _median_latency(alone.samples)
 
 
 def _between(load: Load, start: float, end: float) -> Load:
@@ -159,17 +165,13 @@ def _between(load: Load, start: float, end: float) -> Load:
 
 
 def _recovery_seconds(before: Load, after: Load) -> float:
-    """From the end of the overload to the first second that is as fast as before, and on."""
+    """From the end of the overload to the first second that is as fast as before; inf: never."""
     usual = _median_latency(before.samples)
-    last_slow = 0.0
     for second in range(int(after.seconds)):
         window = _between(after, second, second + 1).samples
-        if window and not _median_latency(window) <= _BACK * usual:
-            last_slow = second + 1.0
-            continue
-        if window:
-            break
-    return last_slow
+        if window and _median_latency(window) <= _BACK * usual:
+            return float(second)
+    return math.inf
 
 
 def _median_latency(samples: list[Sample]) -> float:
