@@ -135,6 +135,19 @@ def median_ratio(rates: Mapping[str, Sequence[float]], one: str, other: str) -> 
     return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
 
 
+def queue_p99_ms(offsets: Iterable[float], *, rate: float) -> float:
+    """p99 latency in ms of the same arrivals at a server without any overhead.
+
+    It takes requests in order, one at a time, each 1 / `rate` seconds: what a model that gains
+    nothing from batches could do at best.
+    """
+    free, latencies = 0.0, []
+    for offset in offsets:
+        free = max(free, offset) + 1 / rate
+        latencies.append(free - offset)
+    return percentiles(latencies)["p99"]
+
+
 def livez(watch: Watch) -> Figures:
     """Latency of the probes in ms; those without a good answer; how late the prober was woken."""
     return {

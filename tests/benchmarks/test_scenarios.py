@@ -11,7 +11,7 @@ from benchmarks.load import Job, Load, Sample
 from benchmarks.report import plot, to_markdown
 from benchmarks.serve import SCENARIOS, numbers, to_document
 from benchmarks.serving.faults import odd_jobs
-from benchmarks.serving.measure import summary
+from benchmarks.serving.measure import queue_p99_ms, summary
 from benchmarks.serving.outages import _is_settled
 from benchmarks.serving.outcome import Outcome, livez_table, load_table, stage_table
 from benchmarks.serving.paced import _recovery_seconds
@@ -39,13 +39,19 @@ def test_recovery_ends_with_the_first_second_that_is_as_fast_as_before():
     fast = [sample(at / 10, 0.11) for at in range(35, 100)]
 
     assert _recovery_seconds(before, Load(0.0, 10.0, slow + fast)) == 4
-    assert _recovery_seconds(before, Load(0.0, 10.0, fast)) == 0
+    assert _recovery_seconds(before, steady(10, 0.11)) == 0
 
 
 def test_a_service_that_never_recovers_is_never_back():
     after = steady(10, 2.0)
 
     assert _recovery_seconds(steady(10, 0.1), after) == math.inf
+
+
+def test_an_ideal_queue_serves_in_order_and_one_at_a_time():
+    # Due at 0 and at once, 0.1 and 0.1: each takes 0.1 s, so the fourth waits longest.
+    assert queue_p99_ms([0.0, 0.0, 0.1, 0.1, 5.0], rate=10) == pytest.approx(300, rel=0.05)
+    assert queue_p99_ms([0.0, 1.0, 2.0], rate=10) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

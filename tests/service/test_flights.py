@@ -202,9 +202,14 @@ async def test_everybody_who_joined_hears_of_a_failure():
 
 @in_loop
 async def test_a_failure_that_nobody_waits_for_is_no_error_of_the_program():
-    work = Work(error=ValueError("planted failure"))
-    flight = Flight(work.run(), work.on_done)
-    work.gate.set()
+    async def fail_when_cancelled():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ValueError("planted failure") from None
+
+    work = Work()
+    flight = Flight(fail_when_cancelled(), work.on_done)
     await some_steps()
 
     flight.leave()
