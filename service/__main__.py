@@ -38,6 +38,7 @@ def _serve(settings: Settings) -> int:
     from backbone.errors import RefineryError
     from kernels.dispatch import KernelError, mode
     from service.app import create_app
+    from service.graphs import GraphError
     from service.server import DrainingServer
 
     try:
@@ -54,7 +55,7 @@ def _serve(settings: Settings) -> int:
         app.state.tracer.close()
     service = app.state.service
     status = server.exit_status
-    if isinstance(service.failure, RefineryError | SettingsError | KernelError):
+    if isinstance(service.failure, RefineryError | SettingsError | KernelError | GraphError):
         status = _refuse(service.failure, settings)
     if threading.active_count() > 1:
         # The interpreter would be torn down under a thread that may be inside torch, and abort.

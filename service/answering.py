@@ -15,6 +15,7 @@ from service.composing import MappedImage, finished, serialise
 from service.etags import etag_of, matches
 from service.finishing import num_values
 from service.lifecycle import FeatureService
+from service.models import ServedModel
 from service.negotiation import MediaType
 from service.options import FeatureOptions, OptionLimits, parse_options
 from service.responses import FramesResponse, PartsResponse
@@ -90,12 +91,16 @@ class FeatureRequest:
         failures = [item for item in planned if isinstance(item, wire.ImageFailure)]
         for failure in failures:
             self._service.metrics.errors.labels(failure.error.code).inc()
-        etag = None if failures else etag_of(self._media, items, options)
+        # Frames may turn out to be errors when their headers are long sent.
+        has_name = not failures and self._media != "application/x-refinery-frames"
+        etag = etag_of(self._media, items, options) if has_name else None
         if etag is not None and matches(self._if_none_match, etag):
             self._service.metrics.not_modified.inc()
-            return Response(status_code=304, headers={"etag": etag, "vary": "accept"})
+            unchanged = _headers([], etag, model)
+            del unchanged["x-cache"]
+            return Response(status_code=304, headers=unchanged)
         outcomes = await self._service.workshop.begin(items, options.cache)
-        headers = _headers(outcomes, etag)
+        headers = _headers(outcomes, etag, model)
         logs.note(
             model=model.name,
             images=len(planned),
@@ -107,6 +112,8 @@ class FeatureRequest:
             return FramesResponse(frames, headers, on_end=partial(_leave, outcomes))
         self._stages.end("cache")
         maps = await self._collect(outcomes, options)
+        if any(isinstance(image, wire.ImageFailure) for image in maps):
+            headers.pop("etag", None)  # what failed now may succeed when it is asked for again
         self._stages.skip_to_now()
         work = partial(serialise, self._media, [*maps, *failures], source)
         if sent_values <= _INLINE_VALUES and self._media != "image/png" and not options.project:
@@ -258,12 +265,10 @@ def _grid(item: Item) -> tuple[int, int]:
     return item.plan.size[0] // patch_size, item.plan.size[1] // patch_size
 
 
-def _headers(outcomes: Sequence[Outcome], etag: str | None) -> dict[str, str]:
+def _headers(outcomes: Sequence[Outcome], etag: str | None, model: ServedModel) -> dict[str, str]:
     num_hits = sum(outcome.found is not None for outcome in outcomes)
     state = "miss" if num_hits == 0 else "hit" if num_hits == len(outcomes) else "partial"
-    headers = {"x-cache": state, "vary": "accept"}
-    if outcomes:
-        headers["x-model-digest"] = outcomes[0].item.plan.model.encoder.digest
+    headers = {"x-cache": state, "x-model-digest": model.encoder.digest, "vary": "accept"}
     return headers | ({"etag": etag} if etag else {})
 
 

@@ -139,9 +139,8 @@ def parse_payload(kind: BodyKind, body: bytes, *, max_images: int, max_lists: in
     if kind.form == "image":
         return Payload([body], {})
     if kind.form in ("npy", "safetensors"):
-        pixels = read_npy(body) if kind.form == "npy" else read_safetensors(body)
-        _check_count(len(pixels), max_images)
-        payload = Payload(pixels, {})
+        read = read_npy if kind.form == "npy" else read_safetensors
+        payload = Payload(read(body, max_images=max_images), {})
     elif kind.form == "json":
         payload = _parse_json(body, max_images, max_lists)
     else:

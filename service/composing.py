@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.nn import functional as F
+
 from service import errors, wire
 from service.finishing import finish, pooled
 from service.maps import FeatureMap
@@ -70,4 +72,6 @@ def _picture(mapped: MappedImage, options: FeatureOptions) -> bytes:
     tokens_NC = mapped.features.layers[0].tokens_NC
     assert tokens_NC is not None
     vectors_VC, grid, _ = pooled(tokens_NC, mapped.features.grid, options.pool)
+    if options.normalize:
+        vectors_VC = F.normalize(vectors_VC.float(), dim=-1)
     return pca_picture(vectors_VC, grid)

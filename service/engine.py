@@ -117,10 +117,13 @@ class Engine:
         launched: _Launched | None = None
         while True:
             batch = self._batcher.next_batch(wait=launched is None)
+            is_empty = batch is None
             following = self._launch(batch) if batch else None
+            # Kept while the next one is waited for, it would keep its model, which may be dropped.
+            batch = None
             if launched is not None:
                 self._finish(launched)
-            elif batch is None:
+            elif is_empty:
                 return
             launched = following
 

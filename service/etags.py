@@ -27,8 +27,11 @@ def etag_of(media: MediaType, items: Sequence[Item], options: FeatureOptions) ->
 
 
 def matches(if_none_match: str | None, etag: str) -> bool:
-    """Whether the header `If-None-Match` names the answer, by weak comparison."""
+    """Whether the header `If-None-Match` names the answer, by weak comparison.
+
+    `*` names none: a client that has no answer would get none.
+    """
     if if_none_match is None:
         return False
     tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
-    return "*" in tags or etag.removeprefix("W/") in tags
+    return etag.removeprefix("W/") in tags

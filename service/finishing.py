@@ -7,7 +7,6 @@ Dimension key: h, w = patch grid (after pooling), N = h * w patch tokens, K = bo
 V = vectors, C = channels, k = principal components.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -230,8 +229,3 @@ def num_values(
 
 def _ceil(count: int, factor: int) -> int:
     return -(-count // factor)
-
-
-def values_of(images: Sequence[FinishedImage]) -> int:
-    """Values of everything that is sent."""
-    return sum(part.tensor.numel() for image in images for part in image.parts)

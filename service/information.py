@@ -29,7 +29,7 @@ def describe(service: FeatureService) -> schemas.Info:
     Raises:
         NotReadyError: the models are not loaded and warmed up yet.
     """
-    if service.phase == "starting":
+    if service.phase == "starting" or not service.registry.models:
         service.check_accepting()
     settings = service.settings
     models = [describe_model(model) for model in service.registry.models]

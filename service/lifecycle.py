@@ -206,9 +206,13 @@ class FeatureService:
         Raises:
             ConflictError and what loading raises: see `ModelRegistry.load`.
         """
-        model = await asyncio.to_thread(self.registry.load, name, spec)
-        self.show_models()
-        return model
+
+        def load() -> ServedModel:  # to its end, also when the client has left meanwhile
+            model = self.registry.load(name, spec)
+            self.show_models()
+            return model
+
+        return await asyncio.to_thread(load)
 
     def drop_model(self, name: str) -> None:
         """Serve a model no more.
@@ -264,9 +268,21 @@ class FeatureService:
 
 
 def resolve_devices(device: str) -> list[str]:
-    """`auto` is every CUDA device, or the CPU."""
+    """`auto` is every CUDA device, or the CPU.
+
+    Raises:
+        SettingsError: a device that this machine does not have.
+    """
     if device != "auto":
-        return device.split(",")
+        devices = device.split(",")
+        present = torch.cuda.device_count()
+        for name in devices:
+            if name.startswith("cuda") and (torch.device(name).index or 0) >= present:
+                raise SettingsError(
+                    f"--device has {name} and this machine has {present} CUDA devices; give cpu, "
+                    "auto, or one that is there"
+                )
+        return devices
     if torch.cuda.is_available():
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["cpu"]

@@ -39,8 +39,8 @@ _CORS_REQUEST_HEADERS = (
     "x-request-id",
 )  # fmt: skip
 _CORS_RESPONSE_HEADERS = (
-    "etag", "retry-after", "server-timing", "x-cache", "x-dtype", "x-model-digest", "x-request-id",
-    "x-shape",
+    "etag", "retry-after", "server-timing", "x-cache", "x-dtype", "x-features", "x-model-digest",
+    "x-request-id", "x-shape",
 )  # fmt: skip
 _CORS_MAX_AGE_SECONDS = 600
 

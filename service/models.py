@@ -102,14 +102,19 @@ class ModelRegistry:
 
         Raises:
             UnknownModelError: there is none of that name.
-            ConflictError: it is the only one.
+            ConflictError: it is the only one, or another one is being loaded.
         """
-        with self._changing:
+        # Not waited for: that would hold up the event loop until the other model is loaded.
+        if not self._changing.acquire(blocking=False):
+            raise ConflictError("a model is being loaded; retry when it is done")
+        try:
             self.find(name)
             if len(self._models) == 1:
                 raise ConflictError(f"{name!r} is the only model; load another one first")
             kept = {key: model for key, model in self._models.items() if key != name}
             self._models = MappingProxyType(kept)
+        finally:
+            self._changing.release()
         logger.info("dropped model %s", name)
 
     def _load(self, name: str, spec: str) -> ServedModel:
@@ -168,10 +173,12 @@ class ModelRegistry:
 
 def load_encoder(spec: str, settings: Settings, device: str) -> DenseEncoder:
     """The model that `spec` names, on `device`."""
+    # What goes with the model of the command line is not meant for those loaded later.
+    is_first = spec in settings.models.values()
     return open_model(
         spec,
-        weights=settings.weights,
-        random_weights=settings.random_weights,
+        weights=settings.weights if is_first else None,
+        random_weights=settings.random_weights and is_first,
         device=device,
         precision=settings.precision,
     )

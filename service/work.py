@@ -247,7 +247,8 @@ class Workshop:
             decoded = await self._decode(item)
             pixels, original = decoded.pixels_3hw, decoded.original
         ended = time.perf_counter()
-        fills = use != "bypass" and self._cache.is_enabled
+        # A map of another size than the header promised would lie under a wrong name.
+        fills = use != "bypass" and self._cache.is_enabled and original == item.original
         queued = QueuedImage(
             pixels,
             replace(item.plan, size=item.size_of(original)),

@@ -13,6 +13,7 @@ fare, and writes it to OUTPUT/metrics.jsonl.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -110,6 +111,8 @@ def main() -> None:
     if not photographs:
         parser.error(f"no images in {arguments.images}")
     arguments.output.mkdir(parents=True, exist_ok=True)
+    # The service and the prefetcher want cores too; threads that wait for one another cost most.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     with FeatureClient(arguments.url, max_connections=2) as client:
         info = client.info()["model"]
         learners = {

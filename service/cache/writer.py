@@ -196,7 +196,7 @@ class WriteBehind:
             return
         self._refusal = refusal
         hint = (
-            "raise its maxmemory or set maxmemory-policy allkeys-lru"
+            "raise its maxmemory or set maxmemory-policy allkeys-lfu"
             if refusal == "full"
             else "check that it is no read-only replica and what its user may do"
         )

@@ -1,7 +1,10 @@
 """Models loaded and dropped over HTTP while the service runs."""
 
+import gc
 import json
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -269,3 +272,17 @@ def test_a_service_that_shuts_down_loads_no_model(admin, other_artifact):
     admin.app.state.service.drain()
 
     fault(load_model(admin, other_artifact), 503, "draining")
+
+
+def test_a_dropped_model_is_freed_though_the_engine_has_nothing_else_to_do(admin, other_artifact):
+    load_model(admin, other_artifact)
+    model = weakref.ref(admin.app.state.service.registry.find("other"))
+    features(admin, model="other")
+
+    admin.delete("/admin/models/other")
+
+    deadline = time.monotonic() + 10
+    while model() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.02)
+    assert model() is None

@@ -81,13 +81,12 @@ def test_an_etag_is_weak_and_quoted():
     [
         TAG,
         TAG.removeprefix("W/"),
-        "*",
         f'"other", {TAG}',
         f'{TAG},W/"other"',
         f"  {TAG}  ",
         f'W/"other" ,\t{TAG.removeprefix("W/")}',
     ],
-    ids=["weak", "strong", "any", "last of a list", "first of a list", "in blanks", "tabs"],
+    ids=["weak", "strong", "last of a list", "first of a list", "in blanks", "tabs"],
 )
 def test_a_client_that_names_the_etag_has_the_answer(header):
     assert matches(header, TAG)
@@ -95,8 +94,8 @@ def test_a_client_that_names_the_etag_has_the_answer(header):
 
 @pytest.mark.parametrize(
     "header",
-    [None, "", '"other"', TAG.strip('W/"'), TAG[:-1], f'"*{TAG}"', f'x{TAG}, "*"'],
-    ids=["none", "empty", "other", "unquoted", "cut off", "longer", "quoted star"],
+    [None, "", "*", '"other"', TAG.strip('W/"'), TAG[:-1], f'"*{TAG}"', f'x{TAG}, "*"'],
+    ids=["none", "empty", "any", "other", "unquoted", "cut off", "longer", "quoted star"],
 )
 def test_a_client_that_names_others_has_it_not(header):
     assert not matches(header, TAG)

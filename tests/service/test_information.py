@@ -207,3 +207,14 @@ def test_a_checkout_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setattr("service.information.metadata.version", is_missing)
 
     assert project_version() == "0+checkout"
+
+
+def test_a_service_that_could_not_load_its_model_says_that_it_is_not_ready(settings, tmp_path):
+    app = create_app(settings(model=str(tmp_path / "nothing")))
+    with TestClient(app) as client:
+        wait_until_ready(lambda: 200 if client.get("/livez").status_code == 503 else 0)
+
+        response = client.get("/info")
+
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "not_ready"

@@ -251,3 +251,24 @@ def test_the_fingerprint_is_that_of_all_that_decides_the_features(
     monkeypatch.setattr("service.models._version", lambda _: "another")
     changed.add(fingerprint(artifact))
     assert len(changed) == 6
+
+
+def test_dropping_while_another_model_is_loaded_is_refused_at_once(registry, artifact):
+    opener = Opener(artifact)
+    opener.gate.set()
+    models = registry(opener)
+    models.load("first", "spec")
+    models.load("second", "spec")
+    opener.gate.clear()
+    opener.entered.clear()
+    loading = threading.Thread(target=models.load, args=("third", "spec"))
+    loading.start()
+    assert opener.entered.wait(10)
+
+    with pytest.raises(ConflictError, match="a model is being loaded; retry"):
+        models.drop("first")
+
+    opener.gate.set()
+    loading.join(10)
+    models.drop("first")
+    assert [model.name for model in models.models] == ["second", "third"]

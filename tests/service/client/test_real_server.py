@@ -1,6 +1,7 @@
 """The client and the service, each as it really is."""
 
 import asyncio
+import hashlib
 import io
 import json
 
@@ -256,12 +257,13 @@ def test_the_command_line_saves_what_the_client_gets(client, server, tmp_path):
 
 
 def test_keys_are_asked_for(server_process, tmp_path):
+    key = "a-long-secret-for-the-test"
     keys = tmp_path / "keys"
-    keys.write_text("a-long-secret-for-the-test\n")
+    keys.write_text(f"alice {hashlib.sha256(key.encode()).hexdigest()}\n")
     keys.chmod(0o600)
     locked = server_process("--precision", "fp32", "--api-key-file", str(keys))
 
-    with FeatureClient(locked.url, api_key="a-long-secret-for-the-test") as client:
+    with FeatureClient(locked.url, api_key=key) as client:
         assert client.feature(encoded(PHOTO)).features.shape[-1] == MODEL_CHANNELS
     with FeatureClient(locked.url) as client, pytest.raises(AuthenticationError):
         client.feature(encoded(PHOTO))
