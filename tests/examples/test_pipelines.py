@@ -73,7 +73,8 @@ def test_the_segmentation_pipeline_learns_and_keeps_its_features(server, scenes,
     assert "fetched 12 images" in first
     (miou,) = re.findall(r"mIoU ([\d.]+) on 4 images", first)
     assert float(miou) > 60
-    assert Image.open(output / "prediction.png").size == (3 * 64, 48)
+    with Image.open(output / "prediction.png") as picture:
+        assert picture.size == (3 * 64, 48)
     assert "fetched" not in second
 
 
