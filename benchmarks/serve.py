@@ -20,6 +20,7 @@ The exit status is 1 when a criterion is missed.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,8 @@ def main() -> int:
         # As the service does; torch reads it once, when it is loaded, which has happened here.
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serve", *sys.argv[1:]])
+    # Otherwise SIGTERM would end this process and leave its servers running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     about = machine()
     images = read_images(arguments.images, arguments.num_images)
     cores = CoreShare()

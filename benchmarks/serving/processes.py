@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,21 @@ _ANSWER_SECONDS = 60
 class ServerProcess:
     """A server that was started; its children are of its process group."""
 
-    def __init__(self, name: str, command: Sequence[str], url: str, *, ready_path: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        url: str,
+        *,
+        ready_path: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.command = list(command)
         self.url = url
         self._ready_path = ready_path
         self._process = subprocess.Popen(
-            self.command, start_new_session=True, stdout=subprocess.DEVNULL
+            self.command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment
         )
 
     @property
@@ -114,13 +122,17 @@ def serving(
 def peer(
     name: str, model: str, *, precision: str, size: tuple[int, int], flags: Sequence[str] = ()
 ) -> Iterator[ServerProcess]:
-    """A peer of `benchmarks.serving.peers_<name>`, once it is ready."""
+    """A peer of `benchmarks.serving.peers_<name>`, once it is ready, as one would start it."""
     port = free_port()
     command = [sys.executable, "-m", f"benchmarks.serving.peers_{name}", "--model", model]
     command += ["--port", str(port), "--precision", precision]
     command += ["--size", str(size[0]), str(size[1]), *flags]
     url = f"http://127.0.0.1:{port}"
-    with _started(ServerProcess(name, command, url, ready_path="/health")) as server:
+    # The setting of threads that the service makes for itself is not a peer's.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    with _started(
+        ServerProcess(name, command, url, ready_path="/health", environment=environment)
+    ) as server:
         yield server
 
 

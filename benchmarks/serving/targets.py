@@ -159,26 +159,32 @@ def _paused_peers(bench: Bench) -> Iterator[dict[str, ServerProcess]]:
 
 
 def _compare(bench: Bench, server: ServerProcess, clients: int, outcome: Outcome) -> None:
-    """Rounds of the service, the loops and the peers, each peer at its own best concurrency."""
+    """Rounds of the service, the loops and the peers.
+
+    Each peer gets the same clients as the service, and as many as suit it best.
+    """
     with _paused_peers(bench) as servers:
         curves = {}
+        levels = [level for level in _PEER_LEVELS if level <= max(bench.levels)]
         for name, other in servers.items():
             with _resumed(other):
-                curves[name] = sweep(other.target, bench.traffic(), _PEER_LEVELS, bench.short(10))
+                curves[name] = sweep(other.target, bench.traffic(), levels, bench.short(10))
         best = {
             name: max(points, key=lambda point: point["rate"])["concurrency"]
             for name, points in curves.items()
         }
-        contenders = {
-            name: _peer_round(bench, other, best[name]) for name, other in servers.items()
-        }
+        contenders = {}
+        for name, other in servers.items():
+            contenders[name] = _peer_round(bench, other, clients)
+            if best[name] != clients:
+                contenders[at_best(name)] = _peer_round(bench, other, best[name])
         at_knee = ServedRounds(bench, server, clients).run(contenders)
     outcome.figures |= {"at_knee": at_knee, "peer_curves": curves, "peer_concurrency": best}
     outcome.tables += [
         rounds_table(at_knee),
         *(
             load_table(
-                f"{name}, closed loop by concurrency; the rounds use {best[name]}",
+                f"{name}, closed loop by concurrency; best: {best[name]}",
                 [(str(point["concurrency"]), point) for point in points],
             )
             for name, points in curves.items()
@@ -215,10 +221,18 @@ def _hits(bench: Bench, server: ServerProcess, clients: int, seconds: float) -> 
     return summary(closed_loop(server.target, traffic, clients=clients, seconds=seconds))
 
 
+def at_best(name: str) -> str:
+    """How rounds of a peer at its own best concurrency are called."""
+    return f"{name} at its best"
+
+
 def _check_peers(outcome: Outcome, at_knee: Figures) -> None:
     ratios = at_knee["served_over"]
     for name, least in (("fastapi", _FASTAPI_RATIO), ("litserve", _LITSERVE_RATIO)):
-        outcome.check(f"served / {name} >= {least:g}", f"{ratios[name]:.2f}", ratios[name] >= least)
+        for contender in (name, at_best(name)):
+            if contender in ratios:
+                ratio = ratios[contender]
+                outcome.check(f"served / {contender} >= {least:g}", f"{ratio:.2f}", ratio >= least)
 
 
 def _check_latency(

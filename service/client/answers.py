@@ -81,7 +81,7 @@ class Receiver:
         common = self._common(metadata)
         by_image = tensors_by_image(tensors, common["layer_numbers"])
         for place, entry in enumerate(_entries(metadata)):
-            position = int(entry.get("index", place))
+            position = entry.get("index", place)
             if "error" in entry:
                 yield from self._settle(position, self._error(entry["error"]))
             else:
@@ -109,8 +109,6 @@ class Receiver:
         )
 
     def _settle(self, position: int, result: Features | FeatureError) -> list[Outcome]:
-        if position in self._answered:
-            raise AnswerError(f"two answers about image {position}", code="malformed_answer")
         outcomes = self._exchange.settle(position, result)
         self._answered.add(position)
         return outcomes
@@ -147,6 +145,14 @@ def _entries(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         raise AnswerError(
             f"the answer's list of images cannot be read: {error}", code="malformed_answer"
         ) from error
-    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+    if not (isinstance(entries, list) and all(map(_is_entry, entries))):
         raise AnswerError("the answer's list of images is none", code="malformed_answer")
     return entries
+
+
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("index", 0), int)
+        and isinstance(entry.get("error", {}), dict)
+    )

@@ -31,8 +31,9 @@ class Features:
     """Features of one image and where they lie in it.
 
     Numbers are torch tensors by attribute (`features`, `cls`, ...) and NumPy arrays by
-    `as_numpy`; torch is imported when the first is asked for. int8 features come multiplied by
-    their scale, as float32, unless `raw=True`.
+    `as_numpy`; torch is imported when the first tensor is asked for. With several layers, what
+    goes beside the features comes by `as_torch("cls", layer=...)`. int8 features come multiplied
+    by their scale, as float32, unless `raw=True`.
 
     Attributes:
         index: Which image of the call, from 0.
@@ -86,12 +87,12 @@ class Features:
 
     @property
     def cls(self) -> "torch.Tensor | None":
-        """Class tokens [P, C]; None unless `include` asked for them."""
+        """Class tokens [P, C] of the only layer; None unless `include` asked for them."""
         return self._companion("cls")
 
     @property
     def registers(self) -> "torch.Tensor | None":
-        """Register tokens [R, C]; None unless `include` asked for them."""
+        """Register tokens [R, C] of the only layer; None unless `include` asked for them."""
         return self._companion("registers")
 
     @property

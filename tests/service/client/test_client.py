@@ -89,6 +89,17 @@ def test_many_images_come_in_order_from_requests_of_a_batch(kind):
     assert all(asked.options == {"dtype": "float32"} for asked in script.asked)
 
 
+def test_images_too_large_for_one_request_go_in_several(kind, monkeypatch):
+    monkeypatch.setattr("service.client.exchange._MAX_BODY_BYTES", 20)
+    script = Script()
+
+    with make_client(kind, script) as client:
+        found = client.features([*IMAGES[:4], b"long" * 9])
+
+    assert [len(asked.images) for asked in script.asked] == [2, 2, 1]
+    assert [item.index for item in found] == [0, 1, 2, 3, 4]
+
+
 def test_no_images_are_no_request(kind):
     script = Script()
 
@@ -364,6 +375,8 @@ def test_a_generator_that_fails_fails_the_call(kind):
         lambda asked: (200, SAFETENSORS, answer(asked, layers="[1, 2]")),
         lambda asked: (200, SAFETENSORS, answer(asked, images="[]")),
         lambda asked: (200, SAFETENSORS, answer(asked, images='[{"index": 7}]')),
+        lambda asked: (200, SAFETENSORS, answer(asked, images='[{"index": null}]')),
+        lambda asked: (200, SAFETENSORS, answer(asked, images='[{"error": "bad"}]')),
         (200, FRAMES, frame(0, b"x") + frame(0, b"x") + bytes(8)),
         (200, FRAMES, bytes(8)),
         (200, FRAMES, b"\xff" * 8),

@@ -227,11 +227,12 @@ def test_all_parts_and_layers_are_aligned_to_their_numbers(tmp_path):
     with FeatureFile(tmp_path / "x") as file:
         file.add("a", features(parts, (3, 11)))
         file.add("b", features(parts, (3, 11)))
+        file.add("c", features(parts, (3, 11)))
         file.save()
 
     saved = safetensors.torch.load_file(tmp_path / "x")
-    assert len(saved) == 12
-    for name in ("a", "b"):
+    assert len(saved) == 18
+    for name in ("a", "b", "c"):
         assert torch.equal(saved[f"{name}.layer3"], parts[3, "features"])
         assert torch.equal(saved[f"{name}.layer11.scale"], parts[11, "scale"])
         assert torch.equal(saved[f"{name}.layer3.cls"], parts[3, "cls"])

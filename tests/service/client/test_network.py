@@ -65,13 +65,14 @@ def test_several_requests_are_in_flight_but_never_more_than_allowed(kind):
     assert all((found[i].features == mark(image)).all() for i, image in enumerate(IMAGES))
 
 
-def test_calls_at_once_share_the_connections_of_an_async_client():
+def test_calls_at_once_wait_for_a_connection_as_long_as_it_takes():
     def slow(asked):
-        time.sleep(0.03)
+        time.sleep(0.3)
         return suited(asked)
 
     async def ask(url):
-        async with AsyncFeatureClient(url, max_connections=2) as client:
+        settings = {"max_connections": 2, "timeout_seconds": 0.9, "max_retries": 0}
+        async with AsyncFeatureClient(url, **settings) as client:
             return await asyncio.gather(*(client.feature(image) for image in IMAGES[:10]))
 
     with running(Script(slow)) as server:
@@ -188,6 +189,29 @@ def test_no_call_outlasts_its_deadline(kind):
 
     assert 0.25 < seconds < 5  # the whole answer takes 25 s
     assert caught.value.code == "client_deadline"
+
+
+def test_a_piece_just_before_the_deadline_wins_no_time(kind):
+    is_over = threading.Event()
+
+    def hang(asked):
+        def pieces():
+            data = answer(asked)
+            time.sleep(1.2)
+            yield data[:9]
+            is_over.wait(10)
+            yield data[9:]
+
+        return 200, SAFETENSORS, pieces()
+
+    with running(Script(hang)) as server, make_client(kind, url=server.url) as client:
+        started = time.monotonic()
+        with pytest.raises(DeadlineError):
+            client.feature(b"x", deadline_seconds=1.5)
+        seconds = time.monotonic() - started
+        is_over.set()
+
+    assert seconds < 2.5  # one more read with the time that there was at first would take 2.7
 
 
 def test_past_the_deadline_partial_keeps_what_is_there(kind):

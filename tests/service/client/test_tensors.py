@@ -57,6 +57,7 @@ def test_a_tensor_at_an_odd_address_is_right():
     tensors, _ = parse_safetensors(data)
 
     assert tensors["b"].as_torch().tolist() == [0, 1, 2, 3]
+    assert tensors["b"].as_torch().data_ptr() % 4 == 0
     assert tensors["b"].as_numpy().tolist() == [0, 1, 2, 3]
 
 
