@@ -9,7 +9,13 @@ from backbone.artifact import (
     read_manifest,
     save_artifact,
 )
-from backbone.encoder import DenseEncoder, Precision, has_bf16_matrix_units, open_model
+from backbone.encoder import (
+    DenseEncoder,
+    Precision,
+    has_bf16_matrix_units,
+    multiplies_bf16,
+    open_model,
+)
 from backbone.vit import AttentionTaps, Backbone, DenseFeatures
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "Precision",
     "RegisterBorder",
     "has_bf16_matrix_units",
+    "multiplies_bf16",
     "is_artifact",
     "load_artifact",
     "open_model",

@@ -274,10 +274,17 @@ def open_model(
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """`auto` is bf16 where the hardware has matrix units for it, fp32 elsewhere."""
+    """`auto` is bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     if asked != "auto":
         return asked
-    return "bf16" if has_bf16_matrix_units(device) else "fp32"
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a forward is faster in bf16: with matrix units, or AVX-512's bf16 products."""
+    if has_bf16_matrix_units(device):
+        return True
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def has_bf16_matrix_units(device: torch.device) -> bool:

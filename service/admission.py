@@ -49,6 +49,11 @@ class Admission:
         return self._engine_rate * self._num_engines
 
     @property
+    def engine_tokens_per_second(self) -> float:
+        """Running mean of one engine; 0 before anything was measured."""
+        return self._engine_rate
+
+    @property
     def limit(self) -> int:
         """Most tokens that may be admitted at a time."""
         if self._max_tokens:
@@ -69,25 +74,33 @@ class Admission:
             self._engine_rate = rate if old == 0.0 else old + _RATE_WEIGHT * (rate - old)
         self._metrics.tokens_per_second.set(self.tokens_per_second)
 
-    def admit(self, tokens: int) -> None:
+    def admit(self, tokens: int, *, seconds_left: float | None = None) -> None:
         """Take in work of so many tokens; give them back with `release`.
 
         A request that is larger than the bound is taken when nothing else is there: otherwise it
         never would be.
 
+        Args:
+            tokens: Of all images of a request that have to be encoded.
+            seconds_left: Until the request's deadline. What cannot be done by then at the
+                measured rate is refused now rather than given up then.
+
         Raises:
             OverloadedError: too much is there already.
         """
-        if self.tokens > 0 and self.tokens + tokens > self.limit:
+        limit, reason = self.limit, "are allowed"
+        rate = self.tokens_per_second
+        if seconds_left is not None and rate * seconds_left < limit and rate > 0.0:
+            limit, reason = int(rate * seconds_left), "can be done by its deadline"
+        if self.tokens > 0 and self.tokens + tokens > limit:
             # One that is larger than the bound waits until nothing else is there, and no longer.
-            excess = min(self.tokens + tokens - self.limit, self.tokens)
-            rate = self.tokens_per_second
+            excess = min(self.tokens + tokens - limit, self.tokens)
             seconds = excess / rate if rate else 1.0
             wait = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
             self._metrics.rejected_tokens.inc(tokens)
             raise OverloadedError(
-                f"{self.tokens} tokens are waiting, {self.limit} are allowed, and the request "
-                f"needs {tokens}; retry in {wait} s",
+                f"{self.tokens} tokens are waiting, the request needs {tokens}, and {limit} "
+                f"{reason}; retry in {wait} s",
                 retry_seconds=wait,
             )
         self._change(tokens)

@@ -99,7 +99,7 @@ class FeatureRequest:
             unchanged = _headers([], etag, model)
             del unchanged["x-cache"]
             return Response(status_code=304, headers=unchanged)
-        outcomes = await self._service.workshop.begin(items, options.cache)
+        outcomes = await self._service.workshop.begin(items, options.cache, deadline=self._deadline)
         headers = _headers(outcomes, etag, model)
         logs.note(
             model=model.name,

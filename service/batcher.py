@@ -3,17 +3,19 @@
 There is no wait timer: an engine that is free takes what has gathered while it worked, so batches
 are small when the service is idle and grow with the load. A batch holds images of one group (one
 model, size and choice of layers, all of them with boxes of one kind or none), in order of arrival,
-up to a budget of tokens and one of vectors of boxes. The group whose first image has waited
-longest goes first, so nothing starves, and every waiting image of that group may join it: the
-window that is sorted by size is the whole queue, which admission bounds.
+up to a budget of tokens, one of vectors of boxes, and one of time. The group whose first image has
+waited longest goes first, so nothing starves, and every waiting image of that group may join it:
+the window that is sorted by size is the whole queue, which admission bounds.
 
 Dimension key: h, w = image in pixels, V = feature vectors of an image's boxes, N = patch tokens,
 P = prefix tokens, R = register tokens, C = channels.
 """
 
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -87,14 +89,26 @@ class BatcherClosedError(Exception):
 class Batcher:
     """A queue of images that hands out batches; safe to use from any thread."""
 
-    def __init__(self, metrics: Metrics, *, batch_tokens: int, batch_box_vectors: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        batch_tokens: int,
+        batch_box_vectors: int,
+        batch_seconds: float = math.inf,
+        tokens_per_second: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         """
         Args:
             batch_tokens: Most tokens in a batch.
             batch_box_vectors: Most feature vectors that the boxes of a batch may ask for.
+            batch_seconds: Longest that a batch of several images should take.
+            tokens_per_second: The rate of one engine now; 0 when it is not known.
         """
         self.batch_tokens = batch_tokens
         self.batch_box_vectors = batch_box_vectors
+        self._batch_seconds = batch_seconds
+        self._tokens_per_second = tokens_per_second
         self._metrics = metrics
         self._groups: dict[tuple[object, ...], deque[QueuedImage]] = {}
         self._num_images = 0
@@ -168,10 +182,12 @@ class Batcher:
     def _take_from(self, waiting: deque[QueuedImage]) -> list[QueuedImage]:
         batch: list[QueuedImage] = []
         tokens = box_vectors = 0
+        rate = self._tokens_per_second() or math.inf
+        budget = min(self.batch_tokens, rate * self._batch_seconds)
         while waiting:
             image = waiting[0]
-            if (
-                tokens + image.num_tokens > self.batch_tokens
+            if batch and (
+                tokens + image.num_tokens > budget
                 or box_vectors + image.num_box_vectors > self.batch_box_vectors
             ):
                 break

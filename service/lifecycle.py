@@ -52,17 +52,19 @@ class FeatureService:
         self.metrics = Metrics()
         devices = resolve_devices(settings.device)
         self.registry = ModelRegistry(settings, devices, open_encoder)
-        self.batcher = Batcher(
-            self.metrics,
-            batch_tokens=settings.batch_tokens,
-            batch_box_vectors=settings.max_box_vectors,
-        )
         self.admission = Admission(
             self.metrics,
             queue_seconds=settings.queue_seconds,
             max_tokens=settings.max_queue_tokens,
-            min_tokens=2 * settings.batch_tokens,
+            min_tokens=settings.max_image_tokens,
             num_engines=len(devices),
+        )
+        self.batcher = Batcher(
+            self.metrics,
+            batch_tokens=settings.batch_tokens,
+            batch_box_vectors=settings.max_box_vectors,
+            batch_seconds=settings.batch_seconds,
+            tokens_per_second=lambda: self.admission.engine_tokens_per_second,
         )
         self.cache: FeatureCache = build_cache(settings, self.metrics.registry)
         self._fetcher = _fetcher(settings)

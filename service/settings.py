@@ -44,7 +44,7 @@ class Settings(BaseModel):
         description="auto, cpu, cuda, or several as cuda:0,cuda:1; devices share one queue",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto is bf16 where the hardware has matrix units for it"
+        "auto", description="auto is bf16 where the hardware multiplies it natively"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -106,6 +106,12 @@ class Settings(BaseModel):
         ge=1,
         description="most tokens in a batch, at least --max-image-tokens; raise it until images "
         "per second stop growing",
+    )
+    batch_seconds: float = Field(
+        0.1,
+        gt=0,
+        description="longest that a batch should take at the measured rate: who comes meanwhile "
+        "waits that long; a single image may take longer",
     )
     buckets: CommaSeparated = Field(
         (),

@@ -197,8 +197,15 @@ class Workshop:
         self._resizes_on_device = resizes_on_device
         self._flights: Flights[Computed] = Flights()
 
-    async def begin(self, items: Sequence[Item], use: CacheUse) -> list[Outcome]:
+    async def begin(
+        self, items: Sequence[Item], use: CacheUse, *, deadline: float | None = None
+    ) -> list[Outcome]:
         """Look items up and begin on those that are not there; all are admitted, or none.
+
+        Args:
+            items: Of one request.
+            use: What it says about the cache.
+            deadline: Of the request, in the event loop's time.
 
         Raises:
             OverloadedError: too much is waiting already.
@@ -218,7 +225,9 @@ class Workshop:
                 new_keys.add(item.key)
                 tokens += item.num_tokens
         if tokens:
-            self._admission.admit(tokens)
+            now = asyncio.get_running_loop().time()
+            left = None if deadline is None else max(0.0, deadline - now)
+            self._admission.admit(tokens, seconds_left=left)
         return [
             Outcome(item, features, None if features else self._flight(item, use, shares))
             for item, features in zip(items, found, strict=True)

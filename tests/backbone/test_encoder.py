@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from backbone import RegisterBorder, has_bf16_matrix_units, open_model
+from backbone import RegisterBorder, multiplies_bf16, open_model
 from backbone.encoder import choose_precision
 from backbone.errors import ImageSizeError
 from backbone.preprocess import normalize
@@ -96,7 +96,7 @@ def test_bf16_stays_close_to_fp32(tmp_path):
 
 def test_auto_precision_follows_the_hardware(monkeypatch):
     cpu = torch.device("cpu")
-    assert choose_precision("auto", cpu) == ("bf16" if has_bf16_matrix_units(cpu) else "fp32")
+    assert choose_precision("auto", cpu) == ("bf16" if multiplies_bf16(cpu) else "fp32")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     assert choose_precision("auto", cpu) == "fp32"
     assert choose_precision("bf16", cpu) == "bf16"

@@ -146,7 +146,7 @@ def test_retry_after_is_the_time_until_there_is_room(rate, tokens, seconds):
 
     assert error.headers == {"retry-after": str(seconds)}
     assert error.retryable
-    assert f"needs {tokens}; retry in {seconds} s" in error.message
+    assert f"needs {tokens}, and 100 are allowed; retry in {seconds} s" in error.message
 
 
 def test_engines_may_observe_from_several_threads():
@@ -164,3 +164,24 @@ def test_engines_may_observe_from_several_threads():
         engine.join()
 
     assert admission.tokens_per_second == pytest.approx(100.0)
+
+
+def test_what_cannot_be_done_by_its_deadline_is_refused_at_once():
+    admission = make_admission(queue_seconds=100.0)
+    admission.start_at(50.0)
+    admission.admit(100)  # two seconds of work
+
+    admission.admit(20, seconds_left=10.0)
+    with pytest.raises(OverloadedError, match="and 100 can be done by its deadline; retry in 1 s"):
+        admission.admit(20, seconds_left=2.0)
+
+    assert admission.tokens == 120
+
+
+def test_a_deadline_does_not_raise_the_bound():
+    admission = make_admission(max_tokens=100)
+    admission.start_at(1000.0)
+    admission.admit(60)
+
+    with pytest.raises(OverloadedError, match="and 100 are allowed"):
+        admission.admit(60, seconds_left=50.0)

@@ -176,3 +176,23 @@ def test_the_gauges_follow_the_queue(batcher):
 
     batcher.next_batch()
     assert (metrics.queue_images._value.get(), metrics.queue_tokens._value.get()) == (0, 0)
+
+
+def test_a_batch_is_no_longer_than_those_who_come_should_wait():
+    rate = [0.0]
+    batcher = Batcher(
+        Metrics(),
+        batch_tokens=100,
+        batch_box_vectors=1000,
+        batch_seconds=0.5,
+        tokens_per_second=lambda: rate[0],
+    )
+    images = submit(batcher, *(image() for _ in range(30)))
+
+    sizes = []
+    for rate[0] in (0.0, 16.0, 1.0, 1000.0):
+        sizes.append(len(batcher.next_batch()))
+
+    # Unknown: 100 tokens; half a second of 16/s; less than one image; more than the budget.
+    assert sizes == [25, 2, 1, 2]
+    assert sum(sizes) == len(images)
