@@ -7,6 +7,7 @@ features, = encoder.encode(images)       # uint8 [B, 3, h, w] -> clean tokens, b
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ class DenseEncoder:
         self.border: RegisterBorder | None = manifest.border if manifest else None
         self._learned_border = learned_border
         self._borders: OrderedDict[tuple[tuple[int, int], int], Tensor] = OrderedDict()
+        self._borders_lock = threading.Lock()
         reason = obstacle(backbone.vit)
         self._is_served = reason is None
         if reason is not None:
@@ -212,14 +214,15 @@ class DenseEncoder:
     def _border(self, image: tuple[int, int], width: int) -> Tensor:
         canvas = canvas_size(image, width, self.patch_size)
         key = (canvas, width)
-        if key not in self._borders:
-            assert self.border is not None  # register_width is 0 without a border
-            pixels = self.border.pixels(canvas, width, self._learned_border)
-            self._borders[key] = pixels.to(self.device, self.dtype)
-            if len(self._borders) > _MAX_CACHED_BORDERS:
-                self._borders.popitem(last=False)
-        self._borders.move_to_end(key)
-        return self._borders[key]
+        with self._borders_lock:  # several threads may encode at a time
+            if key not in self._borders:
+                assert self.border is not None  # register_width is 0 without a border
+                pixels = self.border.pixels(canvas, width, self._learned_border)
+                self._borders[key] = pixels.to(self.device, self.dtype)
+                if len(self._borders) > _MAX_CACHED_BORDERS:
+                    self._borders.popitem(last=False)
+            self._borders.move_to_end(key)
+            return self._borders[key]
 
 
 def _stripped(

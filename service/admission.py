@@ -25,33 +25,28 @@ class Admission:
         queue_seconds: float,
         max_tokens: int,
         min_tokens: int,
-        num_engines: int,
+        num_devices: int,
     ) -> None:
         """
         Args:
             queue_seconds: Work that may wait, in seconds of the measured rate.
             max_tokens: The bound in tokens, which then holds instead; 0: by `queue_seconds`.
             min_tokens: Never a lower bound than this.
-            num_engines: Devices that share the work.
+            num_devices: Devices that share the work.
         """
         self._metrics = metrics
         self._queue_seconds = queue_seconds
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens
-        self._num_engines = num_engines
+        self._num_devices = num_devices
         self._lock = threading.Lock()
-        self._engine_rate = 0.0
+        self._device_rate = 0.0
         self.tokens = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Running mean over all engines; 0 before anything was measured."""
-        return self._engine_rate * self._num_engines
-
-    @property
-    def engine_tokens_per_second(self) -> float:
-        """Running mean of one engine; 0 before anything was measured."""
-        return self._engine_rate
+        """Running mean over all devices; 0 before anything was measured."""
+        return self._device_rate * self._num_devices
 
     @property
     def limit(self) -> int:
@@ -61,17 +56,17 @@ class Admission:
         return max(self._min_tokens, int(self.tokens_per_second * self._queue_seconds))
 
     def start_at(self, tokens_per_second: float) -> None:
-        """The rate of one engine before it has encoded anything: what the warm-up measured."""
+        """The rate of one device before it has encoded anything: what the warm-up measured."""
         with self._lock:
-            self._engine_rate = self._engine_rate or tokens_per_second
+            self._device_rate = self._device_rate or tokens_per_second
         self._metrics.tokens_per_second.set(self.tokens_per_second)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """An engine has encoded `tokens` in `seconds`."""
+        """A device has encoded `tokens` in `seconds`."""
         rate = tokens / max(seconds, 1e-6)
         with self._lock:
-            old = self._engine_rate
-            self._engine_rate = rate if old == 0.0 else old + _RATE_WEIGHT * (rate - old)
+            old = self._device_rate
+            self._device_rate = rate if old == 0.0 else old + _RATE_WEIGHT * (rate - old)
         self._metrics.tokens_per_second.set(self.tokens_per_second)
 
     def admit(self, tokens: int, *, seconds_left: float | None = None) -> None:

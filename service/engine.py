@@ -1,4 +1,4 @@
-"""One thread per device: it takes batches from the queue and answers them.
+"""Threads that take batches from the queue and answer them: one per CUDA device, several per CPU.
 
 On a CUDA device the thread launches a batch, forms and launches the next one while that runs, and
 only then waits for the first one's features, which come back through pinned memory on a stream of
@@ -17,6 +17,7 @@ import torch
 
 from backbone.errors import ImageError
 from service.batcher import Batcher, EncodedImage, QueuedImage
+from service.cores import Cores
 from service.encoding import BatchEncoder, BatchOutput, own
 from service.errors import EncodingFailedError, NotReadyError
 from service.metrics import Metrics
@@ -48,7 +49,7 @@ class Engine:
         batcher: Batcher,
         metrics: Metrics,
         *,
-        num_threads: int,
+        cores: Cores,
         models: Callable[[], Sequence[ServedModel]],
         on_batch: Callable[[int, float], None],
         on_failure: Callable[[Exception], None],
@@ -56,16 +57,17 @@ class Engine:
         """
         Args:
             index: Of the device among those of a `ServedModel`.
-            num_threads: Threads of one forward on a CPU.
+            cores: What the forwards of a CPU share; those of a CUDA device need few.
             models: What is served when the thread begins; it warms itself up with them.
-            on_batch: Called after each batch with its tokens and the seconds that it took.
+            on_batch: Called after each batch with its tokens and the seconds of the device that
+                it took.
             on_failure: Called in the engine's thread when it fails for good; the engine then
                 takes no more batches.
         """
         self.device = torch.device(device)
         self._batcher = batcher
         self._metrics = metrics
-        self._num_threads = num_threads
+        self._cores = cores
         self._models = models
         self._on_batch = on_batch
         self._on_failure = on_failure
@@ -101,7 +103,6 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            torch.set_num_threads(self._num_threads)
             lower_priority()
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
@@ -133,6 +134,7 @@ class Engine:
         if not self._working:
             self._busy_since = started
         self._working.append(batch)
+        torch.set_num_threads(self._cores.enter())
         try:
             launched = _Launched(batch, self._encoder.encode(batch), started)
         except Exception as error:  # noqa: BLE001 - every waiter must be answered, whatever failed
@@ -162,10 +164,13 @@ class Engine:
             # Batches overlap on a CUDA device: each has it since the one before has ended.
             seconds = ended - max(launched.started, self._last_end)
             self._last_end = ended
+            if self.device.type == "cpu":
+                seconds /= self._cores.num_busy  # others have had their share of the device
             self._on_batch(sum(image.num_tokens for image in batch), seconds)
         self._done(launched)
 
     def _done(self, work: _Launched | list[QueuedImage]) -> None:
+        self._cores.leave()
         self._working = [other for other in self._working if other is not work]
         self._busy_since = time.perf_counter() if self._working else None
 

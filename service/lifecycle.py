@@ -16,6 +16,7 @@ from service.admission import Admission
 from service.batcher import Batcher
 from service.cache import FeatureCache, build_cache
 from service.compiles import watch_compiles
+from service.cores import Cores
 from service.decoding import WorkerPool
 from service.engine import Engine
 from service.errors import DrainingError, NotReadyError
@@ -57,14 +58,14 @@ class FeatureService:
             queue_seconds=settings.queue_seconds,
             max_tokens=settings.max_queue_tokens,
             min_tokens=settings.max_image_tokens,
-            num_engines=len(devices),
+            num_devices=len(devices),
         )
         self.batcher = Batcher(
             self.metrics,
             batch_tokens=settings.batch_tokens,
             batch_box_vectors=settings.max_box_vectors,
             batch_seconds=settings.batch_seconds,
-            tokens_per_second=lambda: self.admission.engine_tokens_per_second,
+            tokens_per_second=self._engine_rate,
         )
         self.cache: FeatureCache = build_cache(settings, self.metrics.registry)
         self._fetcher = _fetcher(settings)
@@ -78,17 +79,9 @@ class FeatureService:
         self._workshop: Workshop | None = None
         self._end_watch: Callable[[], None] = lambda: None
         self.engines = [
-            Engine(
-                index,
-                device,
-                self.batcher,
-                self.metrics,
-                num_threads=settings.num_torch_threads,
-                models=lambda: self.registry.models,
-                on_batch=self.admission.observe,
-                on_failure=self.fail,
-            )
+            engine
             for index, device in enumerate(devices)
+            for engine in self._make_engines(index, device)
         ]
 
     @property
@@ -248,6 +241,27 @@ class FeatureService:
             )
             for model in self.registry.models
         )
+
+    def _engine_rate(self) -> float:
+        """Tokens per second of one engine when all work."""
+        return self.admission.tokens_per_second / len(self.engines)
+
+    def _make_engines(self, index: int, device: str) -> list[Engine]:
+        is_cpu = torch.device(device).type == "cpu"
+        cores = Cores(self.settings.num_torch_threads)
+        return [
+            Engine(
+                index,
+                device,
+                self.batcher,
+                self.metrics,
+                cores=cores,
+                models=lambda: self.registry.models,
+                on_batch=self.admission.observe,
+                on_failure=self.fail,
+            )
+            for _ in range(self.settings.num_cpu_engines if is_cpu else 1)
+        ]
 
     def _load(self) -> None:
         try:

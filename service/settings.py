@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _MIB = 1024 * 1024
+_MAX_CPU_ENGINES = 8
 _BUCKET = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -155,7 +156,17 @@ class Settings(BaseModel):
         0, ge=0, le=256, description="threads that decode and resize images; 0: one per core"
     )
     torch_threads: int = Field(
-        0, ge=0, le=1024, description="threads of one forward on a CPU; 0: one per core"
+        0,
+        ge=0,
+        le=1024,
+        description="threads of all forwards on a CPU together; 0: one per core. A forward alone "
+        "has them all, several at a time share them",
+    )
+    cpu_engines: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="forwards at a time on a CPU; 0: one per torch thread, at most 8",
     )
     cache: str = Field(
         "memory",
@@ -264,6 +275,10 @@ class Settings(BaseModel):
     @property
     def num_torch_threads(self) -> int:
         return self.torch_threads or available_cores()
+
+    @property
+    def num_cpu_engines(self) -> int:
+        return self.cpu_engines or min(self.num_torch_threads, _MAX_CPU_ENGINES)
 
 
 def named_model(text: str) -> tuple[str, str]:

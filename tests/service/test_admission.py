@@ -8,7 +8,7 @@ from service.metrics import Metrics
 
 
 def make_admission(metrics=None, **changes):
-    defaults = {"queue_seconds": 2.0, "max_tokens": 0, "min_tokens": 100, "num_engines": 1}
+    defaults = {"queue_seconds": 2.0, "max_tokens": 0, "min_tokens": 100, "num_devices": 1}
     return Admission(metrics or Metrics(), **(defaults | changes))
 
 
@@ -73,7 +73,7 @@ def test_before_anything_was_measured_the_least_bound_holds():
 
 
 def test_the_bound_is_a_time_at_the_measured_rate_of_all_engines():
-    admission = make_admission(num_engines=3)
+    admission = make_admission(num_devices=3)
 
     admission.observe(1000, 2.0)
 

@@ -7,6 +7,7 @@ import torch
 
 from backbone import DenseFeatures
 from service.batcher import Batcher, QueuedImage
+from service.cores import Cores
 from service.encoding import spurious_scores
 from service.engine import Engine
 from service.errors import EncodingFailedError, NotReadyError
@@ -27,7 +28,7 @@ class Fixture:
             "cpu",
             self.batcher,
             self.metrics,
-            num_threads=1,
+            cores=Cores(1),
             models=list,
             on_batch=lambda tokens, seconds: self.rates.append((tokens, seconds)),
             on_failure=self._fail,
@@ -219,7 +220,7 @@ def test_engines_share_the_queue(watched_encoder):
         "cpu",
         first.batcher,
         first.metrics,
-        num_threads=1,
+        cores=Cores(1),
         models=list,
         on_batch=lambda *_: None,
         on_failure=first._fail,
