@@ -10,7 +10,7 @@ from kernels.dispatch import KernelError
 from service import errors, schemas
 from service.bodies import read_body
 from service.features import ServiceDep
-from service.information import describe_model
+from service.information import describe_loaded
 from service.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,8 @@ class ModelRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9._-]{1,64}$", description="what requests call it in option `model`"
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
+        description="what requests call it in option `model`; it begins with no dot",
     )
     path: str = Field(
         min_length=1,
@@ -37,9 +38,9 @@ class ModelRequest(BaseModel):
 
 
 @router.get("/models", responses=errors.responses(*_KEY_ERRORS))
-async def list_models(service: ServiceDep) -> list[schemas.ModelInfo]:
+async def list_models(service: ServiceDep) -> list[schemas.LoadedModelInfo]:
     """The models that are served; the first is the default."""
-    return [describe_model(model) for model in service.registry.models]
+    return [describe_loaded(model) for model in service.registry.models]
 
 
 @router.post(
@@ -60,7 +61,7 @@ async def list_models(service: ServiceDep) -> list[schemas.ModelInfo]:
         }
     },
 )
-async def load_model(request: Request, service: ServiceDep) -> schemas.ModelInfo:
+async def load_model(request: Request, service: ServiceDep) -> schemas.LoadedModelInfo:
     """Load and warm up a model, and serve it; answers when it is ready."""
     service.check_accepting()
     body = await read_body(
@@ -72,7 +73,7 @@ async def load_model(request: Request, service: ServiceDep) -> schemas.ModelInfo
     except (RefineryError, SettingsError, KernelError, RuntimeError, OSError) as error:
         raise errors.ModelLoadError(f"{wanted.path}: {error}") from error
     logger.info("loaded model %s from %s", wanted.name, wanted.path)
-    return describe_model(model)
+    return describe_loaded(model)
 
 
 @router.delete(

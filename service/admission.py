@@ -1,12 +1,15 @@
-"""How much work may wait: counted in patch tokens, for a whole request at once, before decoding.
+"""How much work and how many bytes of bodies may wait.
 
-What is admitted holds its tokens until it is encoded or given up. The bound is a time at the rate
-that the engines were measured at, so a request that is admitted is also answered in about that
-time; one that is not hears when to come back.
+Work is counted in patch tokens, for a whole request at once, before decoding. What is
+admitted holds its tokens until it is encoded or given up. The bound is a time at the rate that the
+engines were measured at, so a request that is admitted is also answered in about that time; one
+that is not hears when to come back.
 """
 
 import math
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from service.errors import OverloadedError
 from service.metrics import Metrics
@@ -107,3 +110,35 @@ class Admission:
     def _change(self, tokens: int) -> None:
         self.tokens += tokens
         self._metrics.admitted_tokens.set(self.tokens)
+
+
+class HeldBodies:
+    """Counts the bytes of bodies in memory, also of those still arriving; for the event loop."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """What counts the bytes of one body as they come; they are gone when the block ends.
+
+        Its `Raises`:
+            OverloadedError: there would be too many.
+        """
+        own_bytes = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal own_bytes
+            if self.num_bytes + num_bytes > self._max_bytes:
+                raise OverloadedError(
+                    f"the bodies of other requests take {self.num_bytes - own_bytes} bytes, "
+                    f"{self._max_bytes} are allowed with this one; retry in 1 s"
+                )
+            own_bytes += num_bytes
+            self.num_bytes += num_bytes
+
+        try:
+            yield take
+        finally:
+            self.num_bytes -= own_bytes

@@ -11,7 +11,7 @@ from backbone.errors import ImageError
 from service import errors, logs, wire
 from service.bodies import BodyKind, Payload, parse_payload
 from service.boxes import BoxLimits
-from service.composing import MappedImage, finished, serialise
+from service.composing import MappedImage, composed, finished, serialise
 from service.etags import etag_of, matches
 from service.finishing import num_values
 from service.lifecycle import FeatureService
@@ -87,7 +87,13 @@ class FeatureRequest:
         sent_values = len(layers) * sum(
             num_values(options, _grid(item), item.regions, num_channels) for item in items
         )
-        wire.check_response_size(self._media, sent_values, options)
+        wire.check_response_size(
+            self._media,
+            sent_values,
+            options,
+            num_images=len(items),
+            max_bytes=self._service.settings.max_response_bytes,
+        )
         failures = [item for item in planned if isinstance(item, wire.ImageFailure)]
         for failure in failures:
             self._service.metrics.errors.labels(failure.error.code).inc()
@@ -111,10 +117,14 @@ class FeatureRequest:
             frames = self._frames(outcomes, failures, source)
             return FramesResponse(frames, headers, on_end=partial(_leave, outcomes))
         self._stages.end("cache")
-        maps = await self._collect(outcomes, options)
+        maps: Sequence[MappedImage | wire.Answer] = await self._collect(outcomes, options)
         if any(isinstance(image, wire.ImageFailure) for image in maps):
             headers.pop("etag", None)  # what failed now may succeed when it is asked for again
         self._stages.skip_to_now()
+        if options.project:
+            # Tens of milliseconds for each: between them other requests get a turn, and what
+            # nobody waits for any more is not begun.
+            maps = [await self._service.helpers.run(composed, image, source) for image in maps]
         work = partial(serialise, self._media, [*maps, *failures], source)
         if sent_values <= _INLINE_VALUES and self._media != "image/png" and not options.project:
             parts, more = work()

@@ -51,6 +51,8 @@ def create_app(settings: Settings, open_encoder: OpenEncoder | None = None) -> F
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # A redirect would go to where the Host header says, behind a proxy also from https to http.
+        redirect_slashes=False,
     )
     app.state.service = service
     install(app, service)

@@ -82,7 +82,12 @@ def body_kind(content_type: str | None) -> BodyKind:
 
 
 async def read_body(
-    chunks: AsyncIterator[bytes], *, max_bytes: int, declared: str | None, waits: bool = False
+    chunks: AsyncIterator[bytes],
+    *,
+    max_bytes: int,
+    declared: str | None,
+    waits: bool = False,
+    take: Callable[[int], None] | None = None,
 ) -> bytes:
     """The whole body; refused by its declared length, or as soon as too much has arrived.
 
@@ -94,9 +99,11 @@ async def read_body(
         max_bytes: Largest body that is taken.
         declared: `Content-Length` as sent.
         waits: The client waits for a go-ahead (`Expect: 100-continue`); it gets the refusal.
+        take: Counts the bytes that are kept, before they are; of `HeldBodies.hold`.
 
     Raises:
         BodyTooLargeError: more than `max_bytes`.
+        OverloadedError: `take` refuses.
     """
     num_bytes = int(declared[:20]) if declared is not None and declared.isdecimal() else 0
     if num_bytes > (max_bytes if waits else 2 * max_bytes):
@@ -110,6 +117,8 @@ async def read_body(
         if num_bytes > max_bytes:
             received.clear()
         else:
+            if take is not None:
+                take(len(chunk))
             received.append(chunk)
     if num_bytes > max_bytes:
         raise _too_large(num_bytes, max_bytes)
@@ -128,7 +137,7 @@ def parse_payload(kind: BodyKind, body: bytes, *, max_images: int, max_lists: in
 
     Args:
         max_images: Most images.
-        max_lists: Most lists in JSON; every box is one.
+        max_lists: Most lists in JSON, every box is one, and a quarter of its other values.
 
     Raises:
         MalformedBodyError, MalformedImageError, MalformedPixelsError, UnknownOptionError,
@@ -264,11 +273,18 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int, max_lists: i
 
 
 def _load_object(data: bytes, what: str, max_lists: int) -> dict[str, Any]:
-    # Millions of small lists hold the interpreter lock for seconds; base64 has no brackets.
+    # Millions of small values hold the interpreter lock for a second and take a gigabyte; base64
+    # has none of these marks.
     num_lists = data.count(b"[")
     if num_lists > max_lists:
         raise InvalidOptionError(
             f"{what} has {num_lists} lists, {max_lists} are allowed; ask for fewer boxes"
+        )
+    num_values = data.count(b",") + data.count(b"{")
+    if num_values > 4 * max_lists:  # a box has four numbers
+        raise InvalidOptionError(
+            f"{what} has {num_values} values or more, {4 * max_lists} are allowed; ask for fewer "
+            "boxes"
         )
     try:
         document = orjson.loads(data)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from service.hints import nearest
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, without_password
 
 ENV_PREFIX = "REFINERY_"
 # Read by `kernels.dispatch` itself, which also checks it; importing that here would load torch.
@@ -79,7 +79,9 @@ def _explain(item: Any, flags: Mapping[str, Any]) -> str:
         return message
     name = str(item["loc"][0])
     where = "--" + name.replace("_", "-") if name in flags else ENV_PREFIX + name.upper()
-    return f"{where} is {item['input']!r}: {message}"
+    given = item["input"]
+    shown = without_password(given) if isinstance(given, str) else given
+    return f"{where} is {shown!r}: {message}"
 
 
 def _shown(default: object) -> str:

@@ -23,9 +23,12 @@ class MappedImage:
 
 
 def serialise(
-    media: MediaType, images: Sequence[MappedImage | wire.ImageFailure], source: wire.Source
+    media: MediaType, images: Sequence[MappedImage | wire.Answer], source: wire.Source
 ) -> tuple[list[wire.Part], dict[str, str]]:
     """The body of an answer in parts, and headers that go with it.
+
+    Args:
+        images: Those that are not finished yet are finished here.
 
     Raises:
         ServiceError: about an image, unless the request is `partial`.
@@ -34,20 +37,26 @@ def serialise(
         (mapped,) = images
         assert isinstance(mapped, MappedImage)
         return [_picture(mapped, source.options)], {}
-    answers: list[wire.Answer] = []
-    for image in images:
-        if isinstance(image, wire.ImageFailure):
-            answers.append(image)
-            continue
-        try:
-            answers.append(finished(image, source))
-        except errors.ServiceError as error:
-            if not source.options.partial:
-                raise
-            index = image.item.index
-            answers.append(wire.ImageFailure(index, errors.about_image(error, index)))
+    answers = [composed(image, source) for image in images]
     answers.sort(key=lambda answer: answer.index)
     return wire.serialise(media, answers, source)
+
+
+def composed(image: MappedImage | wire.Answer, source: wire.Source) -> wire.Answer:
+    """What is sent about an image; what is an answer already stays as it is.
+
+    Raises:
+        ServiceError: about the image, unless the request is `partial`.
+    """
+    if not isinstance(image, MappedImage):
+        return image
+    try:
+        return finished(image, source)
+    except errors.ServiceError as error:
+        if not source.options.partial:
+            raise
+        index = image.item.index
+        return wire.ImageFailure(index, errors.about_image(error, index))
 
 
 def finished(mapped: MappedImage, source: wire.Source) -> wire.ImageAnswer:

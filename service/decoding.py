@@ -23,8 +23,6 @@ T = TypeVar("T")
 _LARGE_BYTES = 6_000_000
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
-# Steps of niceness that worker threads stand behind the event loop.
-
 
 class DecodedImage(NamedTuple):
     """One image, ready for the model, or for a device that resizes it."""

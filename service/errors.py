@@ -226,7 +226,7 @@ class InvalidOptionError(ServiceError):
 
 
 class ResponseTooLargeError(ServiceError):
-    """The features are too many for the response format asked for."""
+    """The features are too many for one answer, or for the response format asked for."""
 
     status, code = 422, "response_too_large"
 

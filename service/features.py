@@ -88,25 +88,27 @@ async def features(request: Request, service: ServiceDep) -> Response:
     stages = Stages()
     media = negotiate(request.headers.get("accept"))
     kind = body_kind(request.headers.get("content-type"))
-    body = await read_body(
-        request.stream(),
-        max_bytes=service.settings.max_body_bytes,
-        declared=request.headers.get("content-length"),
-        waits="100-continue" in request.headers.get("expect", ""),
-    )
-    service.metrics.body_bytes.inc(len(body))
-    stages.end("read")
-    answer = FeatureRequest(
-        service,
-        media,
-        kind,
-        request.query_params.multi_items(),
-        if_none_match=request.headers.get("if-none-match"),
-        deadline=request.scope["state"].get("deadline"),
-        stages=stages,
-        spans=request.scope["state"]["stages"],
-    )
-    return await _unless_abandoned(answer.answer(body), request.receive)
+    with service.bodies.hold() as take:
+        body = await read_body(
+            request.stream(),
+            max_bytes=service.settings.max_body_bytes,
+            declared=request.headers.get("content-length"),
+            waits="100-continue" in request.headers.get("expect", ""),
+            take=take,
+        )
+        service.metrics.body_bytes.inc(len(body))
+        stages.end("read")
+        answer = FeatureRequest(
+            service,
+            media,
+            kind,
+            request.query_params.multi_items(),
+            if_none_match=request.headers.get("if-none-match"),
+            deadline=request.scope["state"].get("deadline"),
+            stages=stages,
+            spans=request.scope["state"]["stages"],
+        )
+        return await _unless_abandoned(answer.answer(body), request.receive)
 
 
 async def _unless_abandoned(answer: Coroutine[Any, Any, Response], receive: Receive) -> Response:

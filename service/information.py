@@ -41,6 +41,7 @@ def describe(service: FeatureService) -> schemas.Info:
         limits=schemas.LimitsInfo(
             max_body_bytes=settings.max_body_bytes,
             max_header_bytes=settings.max_header_bytes,
+            max_response_bytes=settings.max_response_bytes,
             max_images=settings.max_images,
             max_image_pixels=settings.max_image_pixels,
             max_image_tokens=settings.max_image_tokens,
@@ -76,12 +77,16 @@ def describe(service: FeatureService) -> schemas.Info:
     )
 
 
+def describe_loaded(model: ServedModel) -> schemas.LoadedModelInfo:
+    """What is said about one model to those who may load others: where it lies, too."""
+    return schemas.LoadedModelInfo(spec=model.spec, **describe_model(model).model_dump())
+
+
 def describe_model(model: ServedModel) -> schemas.ModelInfo:
     """What is said about one model."""
     encoder = model.encoder
     return schemas.ModelInfo(
         name=model.name,
-        spec=model.spec,
         backbone=encoder.backbone.name,
         digest=encoder.digest,
         is_refined=encoder.manifest is not None,

@@ -34,6 +34,8 @@ _KEY_BYTES = 32
 _MIN_KEY_CHARACTERS = 16
 _MAX_FILE_BYTES = 1024 * 1024
 _CHECK_SECONDS = 1.0
+# More would be guessing, and each is compared with every key there is.
+_MAX_PRESENTED = 4
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -68,12 +70,16 @@ class KeyRing:
     def authenticate(self, headers: Headers, *, takes_basic: bool = True) -> Identity | None:
         """Whose key came as `Authorization: Bearer`, `x-api-key` or password of HTTP Basic.
 
-        Takes microseconds, and the same time whichever key it is. A changed file counts after one
-        second at most; while it is unreadable or wrong, the keys that it last had stay valid.
+        Takes microseconds, and the same time whichever key it is. A request that shows more than
+        four is nobody's. A changed file counts after one second at most; while it is unreadable or
+        wrong, the keys that it last had stay valid.
         """
         self._refresh()
+        presented = presented_keys(headers, takes_basic=takes_basic)
+        if len(presented) > _MAX_PRESENTED:
+            return None
         found = None
-        for key in presented_keys(headers, takes_basic=takes_basic):
+        for key in presented:
             digest = hashlib.sha256(key).digest()
             for known, identity in self._keys:  # no early exit: time must not tell how close it was
                 if hmac.compare_digest(known, digest):

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from service.admission import Admission
+from service.admission import Admission, HeldBodies
 from service.batcher import Batcher
 from service.cache import FeatureCache, build_cache
 from service.compiles import watch_compiles
@@ -67,6 +67,7 @@ class FeatureService:
             batch_seconds=settings.batch_seconds,
             tokens_per_second=self._engine_rate,
         )
+        self.bodies = HeldBodies(settings.max_held_body_bytes)
         self.cache: FeatureCache = build_cache(settings, self.metrics.registry)
         self._fetcher = _fetcher(settings)
         self.in_flight = 0
@@ -242,6 +243,19 @@ class FeatureService:
             for model in self.registry.models
         )
 
+    def _check_stuck_seconds(self, tokens_per_second: float) -> None:
+        tokens, limit = self.settings.max_image_tokens, self.settings.stuck_seconds
+        # One engine of several is as much slower, and no rate is exact.
+        seconds = tokens / tokens_per_second * len(self.engines)
+        if 2 * seconds > limit:
+            logger.warning(
+                "an image of --max-image-tokens %d may take %.0f s here, and --stuck-seconds %g "
+                "takes an engine for dead: lower the one or raise the other",
+                tokens,
+                seconds,
+                limit,
+            )
+
     def _engine_rate(self) -> float:
         """Tokens per second of one engine when all work."""
         return self.admission.tokens_per_second / len(self.engines)
@@ -268,6 +282,7 @@ class FeatureService:
             for name, spec in self.settings.models.items():
                 model = self.registry.load(name, spec)
                 self.admission.start_at(model.warm_up.tokens_per_second)
+                self._check_stuck_seconds(model.warm_up.tokens_per_second)
             for engine in self.engines:
                 engine.start()
             for engine in self.engines:

@@ -67,6 +67,42 @@ def map_of(encoded: EncodedImage, original: tuple[int, int], regions: Regions | 
     return FeatureMap(encoded.layers, encoded.grid, original, regions)
 
 
+def cached_map(entry: Entry, plan: EncodingPlan) -> FeatureMap | None:
+    """The map of a cached entry; None when it is none of `plan`, as another program may write.
+
+    A checksum is no signature, and what is wrong under a name would stay wrong.
+    """
+    try:
+        features = FeatureMap.from_entry(entry)
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
+        return None
+    return features if _suits(features, plan) else None
+
+
+def _suits(features: FeatureMap, plan: EncodingPlan) -> bool:
+    patch_size = plan.model.encoder.patch_size
+    h, w = plan.size[0] // patch_size, plan.size[1] // patch_size
+    if features.grid != (h, w) or min(features.original) < 1:
+        return False
+    if len(features.layers) != len(plan.layers):
+        return False
+    return all(_layer_suits(layer, h * w, plan) for layer in features.layers)
+
+
+def _layer_suits(layer: EncodedLayer, num_tokens: int, plan: EncodingPlan) -> bool:
+    tokens_NC, prefix_PC = layer.tokens_NC, layer.prefix_PC
+    registers_RC, spurious_N2 = layer.registers_RC, layer.spurious_N2
+    if tokens_NC is None or tokens_NC.ndim != 2 or tokens_NC.shape[0] != num_tokens:
+        return False
+    if (registers_RC is not None, spurious_N2 is not None) != (plan.registers, plan.spurious):
+        return False
+    if spurious_N2 is not None and spurious_N2.shape != (num_tokens, 2):
+        return False
+    channels = tokens_NC.shape[1]
+    rows = [prefix_PC] if registers_RC is None else [prefix_PC, registers_RC]
+    return all(part.ndim == 2 and part.shape[1] == channels for part in rows)
+
+
 def map_key(image_digest: str, plan: EncodingPlan) -> str:
     """The name of a map: two requests share it exactly when their maps are equal.
 

@@ -81,7 +81,6 @@ class ModelInfo(BaseModel):
     """The model that is served."""
 
     name: str = Field(description="for the option `model`")
-    spec: str = Field(description="what was loaded")
     backbone: str
     digest: str = Field(description="SHA-256 of the weights")
     is_refined: bool = Field(description="false: a raw backbone, served without register border")
@@ -95,11 +94,18 @@ class ModelInfo(BaseModel):
     devices: list[str]
 
 
+class LoadedModelInfo(ModelInfo):
+    """A model as an operator sees it."""
+
+    spec: str = Field(description="what was loaded")
+
+
 class LimitsInfo(BaseModel):
     """What a request may not exceed."""
 
     max_body_bytes: int
     max_header_bytes: int
+    max_response_bytes: int = Field(description="features in one answer; of frames, in one frame")
     max_images: int
     max_image_pixels: int
     max_image_tokens: int

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 _MIB = 1024 * 1024
 _MAX_CPU_ENGINES = 8
 _BUCKET = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
-_MODEL_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# No dot in front: clients take the path /admin/models/.. for another one.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 CommaSeparated = tuple[str, ...]
 
@@ -102,6 +103,17 @@ class Settings(BaseModel):
         description="most feature vectors that the boxes of a request may ask for (boxes x "
         "box_size^2 x layers), also those of a batch",
     )
+    max_response_bytes: int = Field(
+        1024 * _MIB,
+        ge=1,
+        description="most bytes of features in one answer; of frames, of one image",
+    )
+    max_held_body_bytes: int = Field(
+        1024 * _MIB,
+        ge=1,
+        description="bytes of bodies that may be in memory, of all requests together, at least "
+        "--max-body-bytes; beyond it requests get 429",
+    )
     batch_tokens: int = Field(
         16384,
         ge=1,
@@ -170,6 +182,7 @@ class Settings(BaseModel):
     )
     cache: str = Field(
         "memory",
+        repr=False,  # its URL may hold a password
         pattern=r"^(memory|off|rediss?://.+)$",
         description="memory: in this process; redis://[user@]host:port/db or rediss:// (TLS): "
         "shared by replicas, behind the one in memory; off",
@@ -202,6 +215,7 @@ class Settings(BaseModel):
     )
     otlp_endpoint: str | None = Field(
         None,
+        repr=False,
         pattern=r"^https?://.+",
         description="send traces by OpenTelemetry to this HTTP endpoint; needs the extra otel",
     )
@@ -238,6 +252,11 @@ class Settings(BaseModel):
                 f"batch_tokens {self.batch_tokens} is less than max_image_tokens "
                 f"{self.max_image_tokens}: set --batch-tokens to {self.max_image_tokens} or more"
             )
+        if self.max_held_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_held_body_bytes {self.max_held_body_bytes} is less than max_body_bytes "
+                f"{self.max_body_bytes}: set it to {self.max_body_bytes} or more"
+            )
         if 0 < self.max_queue_tokens < self.max_image_tokens:
             raise ValueError(
                 f"max_queue_tokens {self.max_queue_tokens} is less than max_image_tokens "
@@ -264,9 +283,11 @@ class Settings(BaseModel):
         return tuple((int(height), int(width)) for height, width in sizes)
 
     def shown(self) -> str:
-        """All settings as JSON, without the password that the cache's URL may hold."""
-        cache = re.sub(r"(://[^@]*):[^@]*@", r"\1:***@", self.cache)
-        return self.model_copy(update={"cache": cache}).model_dump_json(indent=2)
+        """All settings as JSON, without the passwords that URLs may hold."""
+        urls = {"cache": without_password(self.cache)}
+        if self.otlp_endpoint is not None:
+            urls["otlp_endpoint"] = without_password(self.otlp_endpoint)
+        return self.model_copy(update=urls).model_dump_json(indent=2)
 
     @property
     def num_decode_threads(self) -> int:
@@ -279,6 +300,16 @@ class Settings(BaseModel):
     @property
     def num_cpu_engines(self) -> int:
         return self.cpu_engines or min(self.num_torch_threads, _MAX_CPU_ENGINES)
+
+
+def without_password(url: str) -> str:
+    """A URL, or what was meant as one, as it may be shown."""
+    start = url.find("://") + 3 if "://" in url else 0
+    # The password may have a colon or an @ itself.
+    user, colon, _ = url[start:].partition(":")
+    _, at, host = url[start:].rpartition("@")
+    has_password = colon and at and "@" not in user
+    return f"{url[:start]}{user}:***@{host}" if has_password else url
 
 
 def named_model(text: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, without_password
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -147,7 +147,9 @@ class OpenTelemetryTracer:
             id_generator=Ids(),
             shutdown_on_exit=False,
         )
-        exporter = _logging_once(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_SECONDS), url)
+        exporter = _logging_once(
+            OTLPSpanExporter(endpoint=url, timeout=_EXPORT_SECONDS), without_password(url)
+        )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("service", version)
 

@@ -21,7 +21,7 @@ from service.errors import InvalidOptionError, ResponseTooLargeError, ServiceErr
 from service.finishing import FinishedImage, NamedPart
 from service.models import ServedModel
 from service.negotiation import MediaType
-from service.options import FeatureOptions
+from service.options import Dtype, FeatureOptions
 
 MAX_JSON_VALUES = 1_000_000
 _JOIN_BYTES = 512 * 1024
@@ -33,6 +33,7 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int8: "I8",
 }
+_VALUE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 # What numpy calls them; it has no bfloat16.
 _NUMPY_DTYPES = {torch.float16: "<f2", torch.float32: "<f4", torch.int8: "|i1"}
 
@@ -168,12 +169,32 @@ def check_format(
                 raise InvalidOptionError(f"a picture shows patches; leave out option {name!r}")
 
 
-def check_response_size(media: MediaType, num_values: int, options: FeatureOptions) -> None:
-    """Refuse text for what only binary formats carry well.
+def check_response_size(
+    media: MediaType,
+    num_values: int,
+    options: FeatureOptions,
+    *,
+    num_images: int,
+    max_bytes: int,
+) -> None:
+    """Refuse what would take too much memory, and text for what only binary formats carry well.
+
+    Args:
+        num_values: Of the features; what is included beside them is far less.
+        num_images: Images that they are of; frames are made one by one.
+        max_bytes: Most bytes of features that are in memory at once.
 
     Raises:
-        ResponseTooLargeError: more values than JSON is sent with.
+        ResponseTooLargeError: more values than are sent at once, or than JSON is sent with.
     """
+    num_bytes = num_values * _VALUE_BYTES[options.dtype]
+    if media == "application/x-refinery-frames":
+        num_bytes //= max(num_images, 1)
+    if num_bytes > max_bytes:
+        raise ResponseTooLargeError(
+            f"the features are {num_bytes} bytes and {max_bytes} are allowed; ask for fewer images "
+            "or layers at once, a smaller size or dtype, or Accept: application/x-refinery-frames"
+        )
     if media == "application/json" and num_values > MAX_JSON_VALUES:
         less = "a smaller size" if options.boxes is None else "fewer boxes or a smaller box_size"
         raise ResponseTooLargeError(

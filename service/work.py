@@ -24,10 +24,10 @@ from service import errors
 from service.admission import Admission
 from service.batcher import Batcher, BatcherClosedError, EncodingPlan, QueuedImage
 from service.boxes import Regions
-from service.cache import FeatureCache
+from service.cache import Entry, FeatureCache
 from service.decoding import DecodedImage, WorkerPool, decode_resized
 from service.flights import Flight, Flights
-from service.maps import FeatureMap, map_key, map_of
+from service.maps import FeatureMap, cached_map, map_key, map_of
 from service.metrics import Metrics, Stage
 from service.models import ServedModel
 from service.options import CacheUse, FeatureOptions
@@ -213,7 +213,7 @@ class Workshop:
         found: Sequence[FeatureMap | None] = [None] * len(items)
         if use == "default" and self._cache.is_enabled:
             entries = await self._cache.get_many([item.key for item in items])
-            found = [FeatureMap.from_entry(entry) if entry else None for entry in entries]
+            found = [self._known(item, entry) for item, entry in zip(items, entries, strict=True)]
         # From here to the end nothing is awaited: what is not in flight now is begun here.
         shares = use == "default"
         new_keys: set[str] = set()
@@ -228,12 +228,25 @@ class Workshop:
             now = asyncio.get_running_loop().time()
             left = None if deadline is None else max(0.0, deadline - now)
             self._admission.admit(tokens, seconds_left=left)
+        # Few bytes can take seconds to decode: the pool is shared with images that came later, so
+        # a request has only as many in it as keep all threads busy.
+        turns = asyncio.Semaphore(self._settings.num_decode_threads + 1)
         return [
-            Outcome(item, features, None if features else self._flight(item, use, shares))
+            Outcome(item, features, None if features else self._flight(item, use, shares, turns))
             for item, features in zip(items, found, strict=True)
         ]
 
-    def _flight(self, item: Item, use: CacheUse, shares: bool) -> Flight[Computed]:
+    def _known(self, item: Item, entry: Entry | None) -> FeatureMap | None:
+        if entry is None:
+            return None
+        features = cached_map(entry, item.plan)
+        if features is None:
+            self._cache.note_foreign(item.key)  # it is computed, and written over
+        return features
+
+    def _flight(
+        self, item: Item, use: CacheUse, shares: bool, turns: asyncio.Semaphore
+    ) -> Flight[Computed]:
         flight = self._flights.join(item.key) if shares else None
         if flight is not None:
             self._metrics.coalesced_images.inc()
@@ -243,17 +256,18 @@ class Workshop:
             self._admission.release(item.num_tokens)
 
         if shares:
-            return self._flights.begin(item.key, self._compute(item, use), release)
-        return Flight(self._compute(item, use), release)
+            return self._flights.begin(item.key, self._compute(item, use, turns), release)
+        return Flight(self._compute(item, use, turns), release)
 
-    async def _compute(self, item: Item, use: CacheUse) -> Computed:
+    async def _compute(self, item: Item, use: CacheUse, turns: asyncio.Semaphore) -> Computed:
         started = time.perf_counter()
         pixels: torch.Tensor | bytes
         if self._is_for_device(item.source):
             assert isinstance(item.source, bytes)
             pixels, original = item.source, item.original
         else:
-            decoded = await self._decode(item)
+            async with turns:
+                decoded = await self._decode(item)
             pixels, original = decoded.pixels_3hw, decoded.original
         ended = time.perf_counter()
         # A map of another size than the header promised would lie under a wrong name.

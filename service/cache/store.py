@@ -35,6 +35,7 @@ class FeatureCache:
         self._memory = memory
         self._remote = remote
         self._max_value_bytes = max_value_bytes
+        self._has_seen_foreign = False
 
     @property
     def is_enabled(self) -> bool:
@@ -75,6 +76,17 @@ class FeatureCache:
             self._memory.put(key, entry)
         if self._remote is not None:
             self._remote.put(key, entry)
+
+    def note_foreign(self, key: str) -> None:
+        """What `get_many` found under the key is not what was put there."""
+        self._metrics.errors("corrupt")
+        if not self._has_seen_foreign:
+            self._has_seen_foreign = True
+            logger.warning(
+                "the cache holds features under %s that another program wrote: they are computed "
+                "anew, and further ones are only counted; who else may write to Redis?",
+                key,
+            )
 
     async def close(self, timeout_seconds: float) -> None:
         """Write what Redis has yet to get, for so long, and end all threads.

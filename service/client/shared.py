@@ -1,7 +1,7 @@
 """What both clients are made of but for the transport."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ class ClientSettings:
     """How a client asks; see `FeatureClient`."""
 
     url: str
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     model: str | None
     timeout_seconds: float
     deadline_seconds: float | None

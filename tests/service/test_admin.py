@@ -127,7 +127,7 @@ def test_the_metrics_name_the_models_that_are_served(admin, other_artifact):
     assert not is_shown()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a b", "ä", "x" * 65, "a\n", 3, None])
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "ä", "x" * 65, "a\n", ".", "..", ".a", 3, None])
 def test_a_name_that_is_none_is_refused(admin, other_artifact, name):
     response = admin.post("/admin/models", json={"name": name, "path": str(other_artifact)})
 

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from service.admission import Admission
+from service.admission import Admission, HeldBodies
 from service.errors import OverloadedError
 from service.metrics import Metrics
 
@@ -185,3 +185,16 @@ def test_a_deadline_does_not_raise_the_bound():
 
     with pytest.raises(OverloadedError, match="and 100 are allowed"):
         admission.admit(60, seconds_left=50.0)
+
+
+def test_bodies_are_held_until_their_block_ends_and_no_more_than_allowed():
+    bodies = HeldBodies(10)
+
+    with bodies.hold() as take, bodies.hold() as take_other:
+        take(6)
+        take_other(4)
+        with pytest.raises(OverloadedError, match="take 6 bytes, 10 are allowed"):
+            take_other(1)
+        assert bodies.num_bytes == 10
+
+    assert bodies.num_bytes == 0

@@ -13,6 +13,8 @@ from safetensors.numpy import load
 from backbone import open_model
 from backbone.preprocess import decode_image, resize_image
 from service.bodies import REQUEST_TYPES
+from service.composing import composed
+from service.decoding import WorkerPool, decode_resized
 from service.negotiation import MEDIA_TYPES
 from service.options import FeatureOptions
 from tests.support import encoded, noise_image
@@ -297,3 +299,84 @@ def test_openapi_names_every_error_option_and_format(client):
     assert set(operation["requestBody"]["content"]) == set(REQUEST_TYPES)
     assert set(operation["responses"]["200"]["content"]) == set(MEDIA_TYPES)
     assert client.get("/docs").status_code == 200
+
+
+def test_a_body_beside_others_that_fill_the_memory_comes_too_early(serve):
+    with serve(max_body_bytes=40_000, max_held_body_bytes=40_000) as client:
+        bodies = client.app.state.service.bodies
+        with bodies.hold() as take:
+            take(40_000)
+            refused = post(client)
+
+        assert fault(refused, 429, "overloaded")["retryable"]
+        assert refused.headers["retry-after"] == "1"
+        assert post(client).status_code == 200
+        assert bodies.num_bytes == 0
+
+
+def test_an_answer_of_too_many_bytes_is_refused_but_not_its_frames(serve):
+    def ask(client, num_images, **headers):
+        files = [("images", PHOTO)] * num_images
+        return client.post("/features?size=64,64", files=files, headers=headers)
+
+    with serve() as client:
+        channels = client.get("/info").json()["model"]["embed_dim"]
+    with serve(max_response_bytes=2 * 16 * channels * 2 - 1) as client:
+        assert ask(client, 1).status_code == 200
+        fault(ask(client, 2), 422, "response_too_large")
+        assert ask(client, 2, accept="application/x-refinery-frames").status_code == 200
+
+
+def test_where_a_model_lies_is_not_for_everybody(client):
+    info = client.get("/info").json()
+
+    assert "spec" not in info["model"]
+    assert "spec" not in info["models"][0]
+
+
+def test_components_are_computed_image_by_image_so_that_others_get_a_turn(client, monkeypatch):
+    helpers = client.app.state.service.helpers
+    run, done = helpers.run, []
+
+    async def watched(work, *arguments):
+        done.append(work)
+        return await run(work, *arguments)
+
+    monkeypatch.setattr(helpers, "run", watched)
+
+    response = client.post("/features?project=2", files=[("images", PHOTO)] * 3)
+
+    assert response.status_code == 200
+    assert done.count(composed) == 3
+
+
+@pytest.mark.parametrize("path", ["/features/", "/info/", "/docs/"])
+def test_no_path_is_redirected_to_the_host_that_the_client_names(client, path):
+    response = client.get(path, headers={"host": "evil.example"}, follow_redirects=False)
+
+    fault(response, 404, "not_found")
+    assert "location" not in response.headers
+
+
+def test_the_images_of_a_request_take_turns_in_the_decode_threads(serve, monkeypatch):
+    waiting, most = 0, 0
+    run = WorkerPool.run
+
+    async def watched(self, work, *arguments):
+        nonlocal waiting, most
+        if work is not decode_resized:
+            return await run(self, work, *arguments)
+        waiting += 1
+        most = max(most, waiting)
+        try:
+            return await run(self, work, *arguments)
+        finally:
+            waiting -= 1
+
+    monkeypatch.setattr(WorkerPool, "run", watched)
+    with serve(decode_threads=2) as client:
+        files = [("images", encoded(noise_image(64, 64, seed=seed))) for seed in range(12)]
+
+        assert client.post("/features", files=files).status_code == 200
+
+    assert most == 3

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from service import errors
+from service import bodies, errors
 from service.bodies import BodyKind, body_kind, parse_payload, read_body
 
 JSON = BodyKind("json")
@@ -184,3 +184,40 @@ def test_a_body_of_too_many_lists_is_refused_before_it_is_loaded(kind):
     with pytest.raises(errors.InvalidOptionError, match="11 lists, 10 are allowed"):
         parse(kind, body(11), max_images=1, max_lists=10)
     assert parse(kind, body(10), max_images=1, max_lists=10).images == [b"a"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"images": [' + b"{}," * 50 + b"{}]}",
+        b'{"images": [' + b'"aa",' * 50 + b'"aa"]}',
+        b'{"options": {' + b",".join(b'"%d": 0' % number for number in range(51)) + b"}}",
+    ],
+)
+def test_a_body_of_too_many_small_values_is_refused_before_it_is_loaded(body, monkeypatch):
+    monkeypatch.setattr(bodies.orjson, "loads", None)
+
+    with pytest.raises(errors.InvalidOptionError, match="40 are allowed"):
+        parse(JSON, body, max_images=1, max_lists=10)
+
+
+def test_as_many_boxes_as_lists_are_allowed_are_read():
+    options = {"boxes": [[0.5, 0.5, 1.5, 1.5]] * 1000}
+
+    payload = parse(JSON, in_json(b"a", options=options), max_images=1, max_lists=1016)
+
+    assert payload.options == options
+
+
+def test_what_counts_the_bytes_of_a_body_may_refuse_them():
+    taken = []
+
+    def take(num_bytes):
+        if sum(taken) + num_bytes > 8:
+            raise errors.OverloadedError("full")
+        taken.append(num_bytes)
+
+    assert read(b"abcd", b"efgh", max_bytes=100, take=take) == b"abcdefgh"
+    assert taken == [4, 4]
+    with pytest.raises(errors.OverloadedError):
+        read(b"i", max_bytes=100, take=take)

@@ -32,7 +32,6 @@ def test_the_model_is_described_as_it_is(info, artifact):
 
     assert info["model"] == {
         "name": artifact.name,
-        "spec": str(artifact),
         "backbone": "vit_tiny_patch16_224",
         "digest": encoder.digest,
         "is_refined": True,

@@ -267,3 +267,10 @@ def test_the_command_hashes_no_key_that_could_be_guessed_or_not_be_sent(key):
 
     assert (result.returncode, result.stdout) == (2, "")
     assert "a key is 16 or more ASCII characters" in result.stderr
+
+
+def test_a_request_that_shows_many_keys_is_nobody_and_costs_nothing(ring, monkeypatch):
+    monkeypatch.setattr(keys.hmac, "compare_digest", None)
+    headers = Headers(raw=[(b"x-api-key", ALICE.encode())] * 5)
+
+    assert ring.authenticate(headers) is None

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.cache.entry import dump, load
-from service.maps import FeatureMap, map_key, map_of
+from service.maps import FeatureMap, cached_map, map_key, map_of
+from tests.service import feature_maps
 from tests.service.feature_maps import encoded_layer, feature_map, noise, regions
 from tests.service.plans import plan, served_model
 
@@ -152,3 +153,60 @@ def test_a_key_is_the_same_in_every_process():
     assert map_key(digest, plan(model=model)) == (
         "74c9995795417bf8cdcee507ab1a682bf5c76af7332e722e3fe8807a62dc304b"
     )
+
+
+PLAN = plan(size=(32, 48), layers=(5, 11), model=feature_maps.MODEL)
+
+
+def entry_of(**metadata):
+    """An entry of `PLAN`, with other metadata."""
+    entry = feature_map(GRID, layers=[encoded_layer(GRID, seed=seed) for seed in (0, 1)]).to_entry()
+    return replace(entry, metadata=entry.metadata | metadata)
+
+
+def test_a_cached_map_is_known_by_its_plan():
+    assert cached_map(entry_of(), PLAN) is not None
+    assert cached_map(entry_of(), replace(PLAN, layers=(11,))) is None
+    assert cached_map(entry_of(), replace(PLAN, size=(48, 32))) is None
+    assert cached_map(entry_of(), replace(PLAN, registers=True)) is None
+    assert cached_map(entry_of(), replace(PLAN, spurious=True)) is None
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"layers": "3"},
+        {"layers": "x"},
+        {"layers": "9" * 5000},
+        {"grid": "[0, 6]"},
+        {"grid": '"ab"'},
+        {"grid": "[Infinity, 2]"},
+        {"grid": "[" * 100_000},
+        {"grid": "{"},
+        {"original": "[0, 0]"},
+        {"original": "7"},
+    ],
+)
+def test_metadata_of_another_program_are_no_map(metadata):
+    assert cached_map(entry_of(**metadata), PLAN) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("0.tokens", None),
+        ("1.tokens", noise(5, 4)),
+        ("1.tokens", noise(6)),
+        ("0.prefix", noise(1, 3)),
+        ("0.prefix", noise(4)),
+        ("0.registers", noise(14, 4)),
+        ("1.spurious", noise(6, 2)),
+    ],
+)
+def test_tensors_of_another_program_are_no_map(name, part):
+    entry = entry_of()
+    tensors = {key: value for key, value in entry.tensors.items() if key != name}
+
+    changed = replace(entry, tensors=tensors | ({} if part is None else {name: part}))
+
+    assert cached_map(changed, PLAN) is None

@@ -262,6 +262,7 @@ def test_keys_that_change_count_without_a_restart(tmp_path, monkeypatch):
         ({"sec-fetch-site": "same-site", "origin": ORIGIN}, 403),
         ({"origin": ORIGIN}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://[evil"}, 403),
     ],
 )
 def test_a_page_of_another_site_cannot_use_the_key_that_a_browser_remembers(

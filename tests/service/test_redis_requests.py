@@ -1,11 +1,15 @@
 """Replicas that share a Redis, over HTTP: what one computes all find, and its faults do no harm."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from service.cache.entry import dump
+from service.cache.entry import load as load_entry
+from service.cache.writer import KEY_PREFIX
 from tests.service.cache.helpers import REDIS_SERVER, RedisServer
 from tests.support import encoded, noise_image
 
@@ -137,3 +141,19 @@ def test_a_value_that_was_changed_is_computed_anew(replica, redis):
         assert fresh.headers["x-cache"] == "miss"
         assert fresh.content == wanted.content
         assert 'refinery_cache_errors_total{kind="corrupt"} 1.0' in client.get("/metrics").text
+
+
+def test_what_another_program_wrote_with_a_right_checksum_is_computed_anew(replica, redis, caplog):
+    with replica() as client:
+        computed = post(client)
+        (name,) = wait_for_keys(redis, 1)
+        key = name.decode().removeprefix(KEY_PREFIX)
+        with redis.admin() as admin:
+            entry = load_entry(admin.get(name), key)
+            admin.set(name, dump(replace(entry, tensors={}), key))
+
+        again = post(client)
+
+    assert again.headers["x-cache"] == "miss"
+    assert again.content == computed.content
+    assert "another program wrote" in caplog.text

@@ -2,7 +2,7 @@ import pytest
 
 from kernels import dispatch
 from service.command_line import KERNELS_VARIABLE, load_settings, parse_arguments
-from service.settings import Settings, SettingsError
+from service.settings import Settings, SettingsError, without_password
 
 CHOSEN = {
     "model": "a=one,two",
@@ -23,9 +23,11 @@ CHOSEN = {
     "jpeg_decoder": "nvjpeg",
     "decode_threads": "9",
     "torch_threads": "9",
+    "cpu_engines": "9",
     "cache": "redis://localhost:6379/0",
     "cache_password_file": "password",
     "cache_ca_file": "ca.pem",
+    "max_held_body_bytes": "99999999",
     "log_level": "error",
     "log_format": "json",
     "otlp_endpoint": "http://localhost:4318",
@@ -181,3 +183,42 @@ def test_the_shown_settings_hold_no_password():
 
     assert "secret" not in settings.shown()
     assert "redis://user:***@host:6379/0" in settings.shown()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory", "memory"),
+        ("redis://h:6379/0", "redis://h:6379/0"),
+        ("redis://user@h:6379/0", "redis://user@h:6379/0"),
+        ("redis://:secret@h/0", "redis://:***@h/0"),
+        ("redis://user:se:secret@h:6379/0", "redis://user:***@h:6379/0"),
+        ("redis://user:secret@secret@h", "redis://user:***@h"),
+        ("redis//:secret@h", "redis//:***@h"),
+        ("redis:/:secret@h", "redis:***@h"),
+    ],
+)
+def test_a_password_in_a_url_is_not_shown(url, shown):
+    assert without_password(url) == shown
+
+
+def test_no_password_is_shown_with_the_settings():
+    settings = Settings(
+        model=("m",), cache="redis://:se:secret@h", otlp_endpoint="http://user:secret@collector"
+    )
+
+    assert "secret" not in settings.shown()
+    assert "secret" not in repr(settings)
+    assert "http://user:***@collector" in settings.shown()
+
+
+def test_no_password_is_shown_when_its_url_is_refused():
+    with pytest.raises(SettingsError, match=r"redis//:\*\*\*@h") as caught:
+        load_settings({"model": "m"}, {"REFINERY_CACHE": "redis//:secret@h"})
+
+    assert "secret" not in str(caught.value)
+
+
+def test_bodies_in_memory_are_at_least_one():
+    with pytest.raises(SettingsError, match="max_held_body_bytes 10 is less"):
+        load_settings({"model": "m", "max_body_bytes": "11", "max_held_body_bytes": "10"}, {})

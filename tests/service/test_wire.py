@@ -473,17 +473,31 @@ def test_json_lists_each_kind_of_tensor_by_layer():
         assert base64.b64decode(found["data"]) == part.tensor.numpy().tobytes()
 
 
+PLENTY = {"num_images": 1, "max_bytes": 1 << 40}
+
+
 def test_json_is_refused_beyond_a_million_values():
     options = FeatureOptions()
-    wire.check_response_size(JSON, 1_000_000, options)
-    wire.check_response_size(NPY, 1_000_001, options)
+    wire.check_response_size(JSON, 1_000_000, options, **PLENTY)
+    wire.check_response_size(NPY, 1_000_001, options, **PLENTY)
 
     with pytest.raises(errors.ResponseTooLargeError, match="safetensors, or for a smaller size"):
-        wire.check_response_size(JSON, 1_000_001, options)
+        wire.check_response_size(JSON, 1_000_001, options, **PLENTY)
 
 
 def test_advice_on_too_large_json_of_boxes_is_about_boxes():
     options = FeatureOptions(boxes=(((0.0, 0.0, 1.0, 1.0),),))
 
     with pytest.raises(errors.ResponseTooLargeError, match="fewer boxes or a smaller box_size"):
-        wire.check_response_size(JSON, 1_000_001, options)
+        wire.check_response_size(JSON, 1_000_001, options, **PLENTY)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+def test_answers_are_refused_by_their_bytes_and_frames_by_those_of_an_image(dtype, size):
+    options = FeatureOptions(dtype=dtype)
+    limits = {"num_images": 2, "max_bytes": 100 * size}
+
+    wire.check_response_size(SAFETENSORS, 100, options, **limits)
+    wire.check_response_size(FRAMES, 200, options, **limits)
+    with pytest.raises(errors.ResponseTooLargeError, match="frames"):
+        wire.check_response_size(SAFETENSORS, 101, options, **limits)

@@ -464,3 +464,8 @@ def test_info_is_what_the_service_says(kind):
         pytest.raises(ConnectionFailedError),
     ):
         client.info()
+
+
+def test_the_key_is_not_in_what_a_traceback_would_show():
+    with FeatureClient("http://127.0.0.1:1", api_key="secret") as client:
+        assert "secret" not in repr(client._settings)
