@@ -1,5 +1,6 @@
 """python -m service --model models/demo [--host --port ...]; `--help` lists every setting."""
 
+import gc
 import logging
 import os
 import sys
@@ -46,11 +47,16 @@ def _serve(settings: Settings) -> int:
         app = create_app(settings)
     except (KernelError, SettingsError) as error:  # REFINERY_KERNELS is not the service's own
         return _refuse(error, settings)
+    # A full pass of the garbage collector holds up every thread. Over what the libraries made it
+    # takes a third of a second, and none of that is garbage. Models are loaded later and may go.
+    gc.collect()
+    gc.freeze()
     server = DrainingServer(app, settings)
     try:
         server.run()
     except SystemExit:  # uvicorn's, who has logged why it cannot listen
         server.exit_status = _USAGE_STATUS
+    gc.unfreeze()  # else libraries complain at the end that theirs was left behind
     if app.state.tracer is not None:
         app.state.tracer.close()
     service = app.state.service

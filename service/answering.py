@@ -11,9 +11,9 @@ from backbone.errors import ImageError
 from service import errors, logs, wire
 from service.bodies import BodyKind, Payload, parse_payload
 from service.boxes import BoxLimits
-from service.composing import MappedImage, composed, finished, serialise
+from service.composing import Body, MappedImage, composed, finished, is_costly, serialise
 from service.etags import etag_of, matches
-from service.finishing import num_values
+from service.finishing import num_more_values, num_values
 from service.lifecycle import FeatureService
 from service.models import ServedModel
 from service.negotiation import MediaType
@@ -62,12 +62,12 @@ class FeatureRequest:
         self._stages = stages
         self._spans = spans
 
-    async def answer(self, body: bytes) -> Response:
+    async def answer(self, data: bytes) -> Response:
         """
         Raises:
             ServiceError: whatever stands in the way.
         """
-        payload = await self._parse(body)
+        payload = await self._parse(data)
         options = await self._options(payload)
         model = self._service.registry.find(options.model)
         layers = resolve_layers(options.layers, model.encoder.backbone.depth)
@@ -83,10 +83,7 @@ class FeatureRequest:
             lists_failures=self._lists_failures(options),
         )
         items = [item for item in planned if isinstance(item, Item)]
-        num_channels = model.encoder.backbone.embed_dim
-        sent_values = len(layers) * sum(
-            num_values(options, _grid(item), item.regions, num_channels) for item in items
-        )
+        sent_values = len(layers) * sum(_num_values(item, options) for item in items)
         wire.check_response_size(
             self._media,
             sent_values,
@@ -94,13 +91,16 @@ class FeatureRequest:
             num_images=len(items),
             max_bytes=self._service.settings.max_response_bytes,
         )
+        _check_feature_bytes(items, self._service.settings.max_feature_bytes)
         failures = [item for item in planned if isinstance(item, wire.ImageFailure)]
         for failure in failures:
             self._service.metrics.errors.labels(failure.error.code).inc()
         # Frames may turn out to be errors when their headers are long sent.
         has_name = not failures and self._media != "application/x-refinery-frames"
-        etag = etag_of(self._media, items, options) if has_name else None
-        if etag is not None and matches(self._if_none_match, etag):
+        etag = await self._name(items, options) if has_name else None
+        # Whoever asks for a refresh wants the work done, also when the answer stays the same.
+        is_known = etag is not None and matches(self._if_none_match, etag)
+        if is_known and options.cache != "refresh":
             self._service.metrics.not_modified.inc()
             unchanged = _headers([], etag, model)
             del unchanged["x-cache"]
@@ -117,25 +117,21 @@ class FeatureRequest:
             frames = self._frames(outcomes, failures, source)
             return FramesResponse(frames, headers, on_end=partial(_leave, outcomes))
         self._stages.end("cache")
-        maps: Sequence[MappedImage | wire.Answer] = await self._collect(outcomes, options)
-        if any(isinstance(image, wire.ImageFailure) for image in maps):
-            headers.pop("etag", None)  # what failed now may succeed when it is asked for again
+        images = [*await self._collect(outcomes, options), *failures]
         self._stages.skip_to_now()
-        if options.project:
-            # Tens of milliseconds for each: between them other requests get a turn, and what
-            # nobody waits for any more is not begun.
-            maps = [await self._service.helpers.run(composed, image, source) for image in maps]
-        work = partial(serialise, self._media, [*maps, *failures], source)
-        if sent_values <= _INLINE_VALUES and self._media != "image/png" and not options.project:
-            parts, more = work()
-        else:
-            parts, more = await self._service.helpers.run(work)
+        body = await self._compose(images, source, sent_values)
+        if body.failures:
+            headers.pop("etag", None)  # what failed now may succeed when it is asked for again
+        counted = {image.index for image in images if isinstance(image, wire.ImageFailure)}
+        for failure in body.failures:
+            if failure.index not in counted:
+                self._service.metrics.errors.labels(failure.error.code).inc()
         self._stages.end("encode")
         for stage, seconds in self._stages.seconds.items():
             self._service.metrics.stage_seconds[stage].observe(seconds)
         self._spans.extend(self._stages.spans())
-        headers |= more | {"server-timing": self._stages.header()}
-        return PartsResponse(parts, self._media, headers)
+        headers |= body.headers | {"server-timing": self._stages.header()}
+        return PartsResponse(body.parts, self._media, headers)
 
     async def _parse(self, body: bytes) -> Payload:
         settings = self._service.settings
@@ -163,6 +159,11 @@ class FeatureRequest:
         )
         # A body may list as many boxes as are allowed, which takes a tenth of a second to read.
         return await self._service.helpers.run(parse) if payload.options else parse()
+
+    async def _name(self, items: Sequence[Item], options: FeatureOptions) -> str:
+        name = partial(etag_of, self._media, items, options)
+        # Boxes are part of the name, and there may be tens of thousands.
+        return await self._service.helpers.run(name) if options.boxes is not None else name()
 
     def _failure(
         self, error: ImageError | errors.ServiceError, index: int, options: FeatureOptions
@@ -206,6 +207,22 @@ class FeatureRequest:
             known[stage] = max(known.get(stage, 0.0), seconds)
         return MappedImage(outcome.item, computed.features)
 
+    async def _compose(
+        self,
+        images: Sequence[MappedImage | wire.Answer],
+        source: wire.Source,
+        sent_values: int,
+    ) -> Body:
+        decoders, helpers = self._service.decoders, self._service.helpers
+        if self._media == "image/png":
+            return await decoders.run(serialise, self._media, images, source)
+        if is_costly(self._media, source.options):
+            # One by one: between them other requests get a turn, and what nobody waits for any
+            # more is not begun. Not by the helpers, whom every request needs.
+            images = [await decoders.run(composed, image, source) for image in images]
+        work = partial(serialise, self._media, images, source)
+        return work() if sent_values <= _INLINE_VALUES else await helpers.run(work)
+
     async def _frames(
         self,
         outcomes: Sequence[Outcome],
@@ -242,7 +259,9 @@ class FeatureRequest:
     async def _frame(self, outcome: Outcome, source: wire.Source) -> list[wire.Part]:
         try:
             mapped = self._mapped(outcome)
-            answer: wire.Answer = await self._service.helpers.run(finished, mapped, source)
+            is_slow = is_costly(self._media, source.options)
+            pool = self._service.decoders if is_slow else self._service.helpers
+            answer: wire.Answer = await pool.run(finished, mapped, source)
         except (ImageError, errors.ServiceError) as error:
             answer = self._listed(error, outcome.item.index)
         return wire.frame(answer, source)
@@ -273,6 +292,33 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 def _grid(item: Item) -> tuple[int, int]:
     patch_size = item.plan.model.encoder.patch_size
     return item.plan.size[0] // patch_size, item.plan.size[1] // patch_size
+
+
+def _check_feature_bytes(items: Sequence[Item], max_bytes: int) -> None:
+    """
+    Raises:
+        ResponseTooLargeError: the maps of all images together are too large to be held.
+    """
+    num_bytes = sum(item.plan.num_bytes for item in items)
+    if num_bytes > max_bytes:
+        raise errors.ResponseTooLargeError(
+            f"the features are {num_bytes} bytes before anything is made of them, {max_bytes} are "
+            "allowed; ask for fewer layers or a smaller size, or send several requests"
+        )
+
+
+def _num_values(item: Item, options: FeatureOptions) -> int:
+    """Values that an image is answered with in one layer."""
+    encoder, grid, width = item.plan.model.encoder, _grid(item), item.plan.register_width
+    backbone = encoder.backbone
+    canvas = (grid[0] + 2 * width) * (grid[1] + 2 * width)
+    return num_values(options, grid, item.regions, backbone.embed_dim) + num_more_values(
+        options,
+        grid,
+        backbone.embed_dim,
+        prefix=backbone.num_prefix_tokens,
+        registers=canvas - grid[0] * grid[1],
+    )
 
 
 def _headers(outcomes: Sequence[Outcome], etag: str | None, model: ServedModel) -> dict[str, str]:

@@ -57,6 +57,14 @@ class EncodingPlan:
     registers: bool = False
     spurious: bool = False
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the image's tokens in all layers, in the model's precision."""
+        encoder = self.model.encoder
+        rows, columns = self.size[0] // encoder.patch_size, self.size[1] // encoder.patch_size
+        vector_bytes = encoder.backbone.embed_dim * encoder.dtype.itemsize
+        return len(self.layers) * rows * columns * vector_bytes
+
 
 @dataclass(slots=True, eq=False)
 class QueuedImage:

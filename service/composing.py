@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.nn import functional as F
 
@@ -22,10 +23,28 @@ class MappedImage:
     features: FeatureMap
 
 
+class Body(NamedTuple):
+    """The body of an answer."""
+
+    parts: list[wire.Part]
+    headers: dict[str, str]  # that go with it
+    failures: list[wire.ImageFailure]  # of all images
+
+
+def is_costly(media: MediaType, options: FeatureOptions) -> bool:
+    """Whether making an answer takes more than converting what is sent.
+
+    Boxes and averages read whole maps, however little comes of them; principal components take up
+    to seconds.
+    """
+    asks_for_less = options.boxes is not None or options.pool != "none"
+    return asks_for_less or options.project is not None or media == "image/png"
+
+
 def serialise(
     media: MediaType, images: Sequence[MappedImage | wire.Answer], source: wire.Source
-) -> tuple[list[wire.Part], dict[str, str]]:
-    """The body of an answer in parts, and headers that go with it.
+) -> Body:
+    """The body of an answer.
 
     Args:
         images: Those that are not finished yet are finished here.
@@ -36,10 +55,11 @@ def serialise(
     if media == "image/png":
         (mapped,) = images
         assert isinstance(mapped, MappedImage)
-        return [_picture(mapped, source.options)], {}
+        return Body([_picture(mapped, source.options)], {}, [])
     answers = [composed(image, source) for image in images]
     answers.sort(key=lambda answer: answer.index)
-    return wire.serialise(media, answers, source)
+    failures = [answer for answer in answers if isinstance(answer, wire.ImageFailure)]
+    return Body(*wire.serialise(media, answers, source), failures)
 
 
 def composed(image: MappedImage | wire.Answer, source: wire.Source) -> wire.Answer:

@@ -156,10 +156,7 @@ class Engine:
         else:
             for image, result in zip(batch, encoded, strict=True):
                 _answer(image, result)
-            self._metrics.images.inc(len(batch))
-            self._metrics.boxes.inc(
-                sum(image.regions.num_boxes for image in batch if image.regions)
-            )
+            self._count(batch)
             ended = time.perf_counter()
             # Batches overlap on a CUDA device: each has it since the one before has ended.
             seconds = ended - max(launched.started, self._last_end)
@@ -168,6 +165,10 @@ class Engine:
                 seconds /= self._cores.num_busy  # others have had their share of the device
             self._on_batch(sum(image.num_tokens for image in batch), seconds)
         self._done(launched)
+
+    def _count(self, encoded: Sequence[QueuedImage]) -> None:
+        self._metrics.images.inc(len(encoded))
+        self._metrics.boxes.inc(sum(image.regions.num_boxes for image in encoded if image.regions))
 
     def _done(self, work: _Launched | list[QueuedImage]) -> None:
         self._cores.leave()
@@ -187,10 +188,11 @@ class Engine:
         logger.warning("a batch of %d failed (%r): one by one now", len(batch), error)
         self._metrics.batch_retries.inc()
         for image in batch:
+            self._busy_since = time.perf_counter()  # each is a batch of its own
             try:
                 launched = _Launched([image], self._encoder.encode([image]), time.perf_counter())
                 _answer(image, _split(launched)[0])
-                self._metrics.images.inc()
+                self._count([image])
             except Exception as failure:  # noqa: BLE001 - as above
                 self._check_device(failure)
                 _fail_encoding(image, failure)

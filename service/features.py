@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -13,6 +14,7 @@ from service.answering import FeatureRequest
 from service.bodies import body_kind, read_body
 from service.lifecycle import FeatureService
 from service.negotiation import MEDIA_TYPES, negotiate
+from service.responses import FramesResponse
 from service.schemas import describe_request
 from service.stages import Stages
 
@@ -88,7 +90,8 @@ async def features(request: Request, service: ServiceDep) -> Response:
     stages = Stages()
     media = negotiate(request.headers.get("accept"))
     kind = body_kind(request.headers.get("content-type"))
-    with service.bodies.hold() as take:
+    with ExitStack() as held:
+        take = held.enter_context(service.bodies.hold())
         body = await read_body(
             request.stream(),
             max_bytes=service.settings.max_body_bytes,
@@ -108,7 +111,10 @@ async def features(request: Request, service: ServiceDep) -> Response:
             stages=stages,
             spans=request.scope["state"]["stages"],
         )
-        return await _unless_abandoned(answer.answer(body), request.receive)
+        response = await _unless_abandoned(answer.answer(body), request.receive)
+        if isinstance(response, FramesResponse):
+            response.at_end(held.pop_all().close)  # its images are still in the body
+        return response
 
 
 async def _unless_abandoned(answer: Coroutine[Any, Any, Response], receive: Receive) -> Response:

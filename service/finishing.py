@@ -217,7 +217,7 @@ def _tokens_in_layout(tokens_NC: Tensor, grid: tuple[int, int], layout: Layout) 
 def num_values(
     options: FeatureOptions, grid: tuple[int, int], regions: Regions | None, channels: int
 ) -> int:
-    """Values that an image is answered with in one layer, what is included apart."""
+    """Values of the features of an image in one layer; `num_more_values` has the others."""
     if regions is not None:
         return regions.num_vectors * channels
     if options.pool == "mean":
@@ -225,6 +225,21 @@ def num_values(
     factor = 1 if options.pool == "none" else options.pool
     cells = _ceil(grid[0], factor) * _ceil(grid[1], factor)
     return cells * (options.project or channels)
+
+
+def num_more_values(
+    options: FeatureOptions, grid: tuple[int, int], channels: int, *, prefix: int, registers: int
+) -> int:
+    """Values that come with the features of an image in one layer, scales apart.
+
+    Args:
+        prefix: Class and native register tokens of the model.
+        registers: Tokens of the register border.
+    """
+    tokens = prefix * ("cls" in options.include) + registers * ("registers" in options.include)
+    if options.project is not None:
+        tokens += options.project + 1  # the basis and the mean
+    return tokens * channels + 2 * grid[0] * grid[1] * ("spurious" in options.include)
 
 
 def _ceil(count: int, factor: int) -> int:

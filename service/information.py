@@ -48,6 +48,7 @@ def describe(service: FeatureService) -> schemas.Info:
             max_size=settings.max_size,
             only_buckets=settings.only_buckets,
             max_layers=settings.max_layers,
+            max_feature_bytes=settings.max_feature_bytes,
             max_image_boxes=settings.max_image_boxes,
             max_box_vectors=settings.max_box_vectors,
             max_box_size=MAX_BOX_SIZE,

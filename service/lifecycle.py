@@ -104,6 +104,12 @@ class FeatureService:
         return self._planner
 
     @property
+    def decoders(self) -> WorkerPool:
+        """Threads for what takes the time of an image: decoding, principal components, boxes."""
+        assert self._decoders is not None, "the service is started"
+        return self._decoders
+
+    @property
     def helpers(self) -> WorkerPool:
         """Threads for what is short, but too long for the event loop."""
         assert self._helpers is not None, "the service is started"

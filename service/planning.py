@@ -11,7 +11,7 @@ from backbone.errors import ImageError
 from backbone.preprocess import decode_image
 from service import errors
 from service.bodies import ImageSource, ImageUrl
-from service.boxes import regions_of
+from service.boxes import Regions, regions_of
 from service.decoding import WorkerPool
 from service.models import ServedModel
 from service.options import FeatureOptions
@@ -55,13 +55,22 @@ class Planner:
         fetched = await self._fetch(images)
         max_pixels = self._settings.max_image_pixels
         examined = await self._helpers.run(_examine_all, fetched, max_pixels)
+        regions: Sequence[Regions | Exception | None] = [None] * len(fetched)
+        if options.boxes is not None:  # tens of thousands, perhaps
+            regions = await self._helpers.run(_regions_of_all, examined, options)
         planned: list[Item | ImageFailure] = []
-        for index, (image, found) in enumerate(zip(fetched, examined, strict=True)):
+        for index, (image, found, region) in enumerate(
+            zip(fetched, examined, regions, strict=True)
+        ):
             try:
                 if isinstance(found, Exception):
                     raise found
+                if isinstance(region, Exception):
+                    raise region
                 assert not isinstance(image, errors.ServiceError)
-                planned.append(self._item(index, image, found, options, model, layers))
+                planned.append(
+                    plan_item(index, image, found, options, model, layers, region, self._settings)
+                )
             except (ImageError, errors.ServiceError) as error:
                 if not lists_failures:
                     await self._check_decodable(fetched[:index])
@@ -84,27 +93,6 @@ class Planner:
                     await self._decoders.run(partial(decode_image, image, max_pixels=max_pixels))
                 except ImageError as error:
                     raise errors.from_image_error(error, index) from error
-
-    def _item(
-        self,
-        index: int,
-        image: bytes | Pixels,
-        examined: Examined,
-        options: FeatureOptions,
-        model: ServedModel,
-        layers: tuple[int, ...],
-    ) -> Item:
-        regions = None
-        if options.boxes is not None:
-            regions = regions_of(
-                options.boxes[index],
-                examined.original,
-                index=index,
-                box_size=options.box_size,
-                normalize=options.normalize,
-            )
-        settings = self._settings
-        return plan_item(index, image, examined, options, model, layers, regions, settings)
 
     async def _fetch(
         self, images: Sequence[ImageSource]
@@ -141,3 +129,27 @@ def _examine_all(
         except (ImageError, errors.ServiceError) as error:
             found.append(error)
     return found
+
+
+def _regions_of_all(
+    examined: Sequence[Examined | Exception], options: FeatureOptions
+) -> list[Regions | Exception | None]:
+    assert options.boxes is not None
+    regions: list[Regions | Exception | None] = []
+    for index, found in enumerate(examined):
+        if isinstance(found, Exception):
+            regions.append(None)  # the image itself is at fault
+            continue
+        try:
+            regions.append(
+                regions_of(
+                    options.boxes[index],
+                    found.original,
+                    index=index,
+                    box_size=options.box_size,
+                    normalize=options.normalize,
+                )
+            )
+        except errors.ServiceError as error:
+            regions.append(error)
+    return regions

@@ -56,10 +56,14 @@ class FramesResponse(Response):
             on_end: Called when all is sent, or nobody is there to read it.
         """
         self._frames = frames
-        self._on_end = on_end
+        self._at_end = [on_end]
         super().__init__(headers=dict(headers), media_type="application/x-refinery-frames")
         # Response counts an empty body; how long this one will be nobody knows.
         self.raw_headers = [item for item in self.raw_headers if item[0] != b"content-length"]
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call this too when all is sent, or nobody is there to read it."""
+        self._at_end.append(call)
 
     async def __call__(
         self,
@@ -77,7 +81,8 @@ class FramesResponse(Response):
         finally:
             leaving.cancel()
             sending.cancel()
-            self._on_end()
+            for call in self._at_end:
+                call()
 
     async def _send(self, send: Send) -> None:
         await send(

@@ -112,6 +112,7 @@ class LimitsInfo(BaseModel):
     max_size: int = Field(description="longest side of `size`, px; the shortest is a patch")
     only_buckets: bool = Field(description="other sizes than the models' buckets are refused")
     max_layers: int
+    max_feature_bytes: int = Field(description="images x layers x patches x channels of a request")
     max_image_boxes: int
     max_box_vectors: int = Field(description="boxes x box_size x box_size x layers of a request")
     max_box_size: int

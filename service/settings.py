@@ -114,6 +114,12 @@ class Settings(BaseModel):
         description="bytes of bodies that may be in memory, of all requests together, at least "
         "--max-body-bytes; beyond it requests get 429",
     )
+    max_feature_bytes: int = Field(
+        1024 * _MIB,
+        ge=1,
+        description="most bytes of features that a request may ask for, as the model computes "
+        "them (images x layers x patches x channels): so much it holds in memory",
+    )
     batch_tokens: int = Field(
         16384,
         ge=1,

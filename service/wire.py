@@ -180,7 +180,7 @@ def check_response_size(
     """Refuse what would take too much memory, and text for what only binary formats carry well.
 
     Args:
-        num_values: Of the features; what is included beside them is far less.
+        num_values: Of the features, and of what is included beside them.
         num_images: Images that they are of; frames are made one by one.
         max_bytes: Most bytes of features that are in memory at once.
 

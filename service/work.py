@@ -32,9 +32,14 @@ from service.metrics import Metrics, Stage
 from service.models import ServedModel
 from service.options import CacheUse, FeatureOptions
 from service.pixels import Pixels
+from service.room import ByteRoom
 from service.settings import Settings
 
 ItemError = ImageError | errors.ServiceError
+
+# Pixels that wait for an engine. Where the device resizes, an image of few tokens may be 120 MB;
+# its file, which waits instead, is a small part of that.
+_MAX_DECODED_BYTES = 2 * 1024**3
 
 
 class Examined(NamedTuple):
@@ -196,6 +201,7 @@ class Workshop:
         self._metrics = metrics
         self._resizes_on_device = resizes_on_device
         self._flights: Flights[Computed] = Flights()
+        self._room = ByteRoom(_MAX_DECODED_BYTES)
 
     async def begin(
         self, items: Sequence[Item], use: CacheUse, *, deadline: float | None = None
@@ -260,6 +266,19 @@ class Workshop:
         return Flight(self._compute(item, use, turns), release)
 
     async def _compute(self, item: Item, use: CacheUse, turns: asyncio.Semaphore) -> Computed:
+        async with self._room.hold(self._decoded_bytes(item)):
+            return await self._compute_decoded(item, use, turns)
+
+    def _decoded_bytes(self, item: Item) -> int:
+        """What its pixels take up until they are encoded."""
+        if self._is_for_device(item.source):
+            return 0
+        height, width = item.original if self._resizes_on_device else item.plan.size
+        return 3 * height * width
+
+    async def _compute_decoded(
+        self, item: Item, use: CacheUse, turns: asyncio.Semaphore
+    ) -> Computed:
         started = time.perf_counter()
         pixels: torch.Tensor | bytes
         if self._is_for_device(item.source):

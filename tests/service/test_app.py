@@ -335,14 +335,14 @@ def test_where_a_model_lies_is_not_for_everybody(client):
 
 
 def test_components_are_computed_image_by_image_so_that_others_get_a_turn(client, monkeypatch):
-    helpers = client.app.state.service.helpers
-    run, done = helpers.run, []
+    decoders = client.app.state.service.decoders
+    run, done = decoders.run, []
 
     async def watched(work, *arguments):
         done.append(work)
         return await run(work, *arguments)
 
-    monkeypatch.setattr(helpers, "run", watched)
+    monkeypatch.setattr(decoders, "run", watched)
 
     response = client.post("/features?project=2", files=[("images", PHOTO)] * 3)
 

@@ -7,6 +7,7 @@ import torch
 
 from backbone import DenseFeatures
 from service.batcher import Batcher, QueuedImage
+from service.boxes import Regions
 from service.cores import Cores
 from service.encoding import spurious_scores
 from service.engine import Engine
@@ -237,3 +238,45 @@ def test_engines_share_the_queue(watched_encoder):
     first.batcher.close()
     first.engine.join(10)
     second.join(10)
+
+
+def test_images_tried_one_by_one_are_batches_of_their_own(engine, watched_encoder, caplog):
+    watched_encoder.hold()
+    first = engine.submit(0)
+    watched_encoder.wait_until_held()
+    waiting = [engine.submit(seed) for seed in (1, 2, 3)]
+    busy_seconds = []
+
+    def fails(images):
+        busy_seconds.append(engine.engine.busy_seconds)
+        time.sleep(0.05)
+        return len(images) > 1
+
+    watched_encoder.fails = fails
+    with caplog.at_level(logging.CRITICAL):
+        watched_encoder.gate.set()
+        assert first.result(10)
+        assert all(future.result(10) for future in waiting)
+
+    assert len(busy_seconds) == 5
+    assert max(busy_seconds) < 0.1
+
+
+def test_boxes_of_images_tried_one_by_one_are_counted(engine, watched_encoder, caplog):
+    watched_encoder.hold()
+    engine.submit(0)
+    watched_encoder.wait_until_held()
+    regions = Regions(torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 3), 1, normalize=False)
+    wanted = plan((64, 64), (1,), engine.model)
+    waiting = [
+        engine.batcher.submit(QueuedImage(pixels(seed), wanted, 10, regions)) for seed in (1, 2)
+    ]
+    watched_encoder.fails = lambda images: len(images) > 1
+
+    with caplog.at_level(logging.CRITICAL):
+        watched_encoder.gate.set()
+        assert all(future.result(10) for future in waiting)
+        engine.batcher.close()
+        engine.engine.join(10)
+
+    assert engine.metrics.boxes._value.get() == 6

@@ -5,7 +5,7 @@ import torch
 from backbone import DenseFeatures
 from service.boxes import align
 from service.errors import FeatureOverflowError, InvalidOptionError
-from service.finishing import finish, num_values, pooled
+from service.finishing import finish, num_more_values, num_values, pooled
 from service.options import FeatureOptions
 from tests.service.feature_maps import encoded_layer, feature_map, noise, regions
 
@@ -427,3 +427,23 @@ def test_values_are_counted_before_they_are_computed(boxes, options):
 
     (sent,) = (part.tensor for part in finished.parts if part.kind == "features")
     assert counted == sent.numel()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"include": ("cls",)},
+        {"include": ("registers", "spurious")},
+        {"include": ("cls",), "project": 2},
+        {"pool": "mean", "include": ("spurious",)},
+    ],
+)
+def test_values_of_other_kinds_are_counted_too(options):
+    layer = encoded_layer((5, 7), registers_RC=noise(11, 4), spurious_N2=noise(35, 2))
+    wanted = FeatureOptions(**options)
+    finished = finish(feature_map((5, 7), layers=[layer]), None, wanted, index=0)
+
+    counted = num_more_values(wanted, (5, 7), channels=4, prefix=len(layer.prefix_PC), registers=11)
+
+    more = (part.tensor for part in finished.parts if part.kind != "features")
+    assert counted == sum(tensor.numel() for tensor in more)

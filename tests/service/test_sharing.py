@@ -10,6 +10,7 @@ from safetensors.numpy import load
 from starlette.testclient import TestClient
 
 from backbone.preprocess import decode_image, resize_image
+from service import work
 from service.app import create_app
 from tests.support import encoded, noise_image
 
@@ -155,3 +156,50 @@ def test_an_engine_that_dies_takes_liveness_with_it(serve, monkeypatch, caplog):
         fault(client.get("/readyz"), 503, "not_ready")
         assert response.result(10).status_code == 503
     assert "the engine on cpu stopped" in caplog.text
+
+
+def test_pixels_that_wait_for_an_engine_are_bounded_in_bytes(serve, watched_encoder, monkeypatch):
+    monkeypatch.setattr(work, "_MAX_DECODED_BYTES", 3 * 64 * 64 * 3)
+    with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(8) as threads:
+        watched_encoder.hold()
+        first = threads.submit(post, client)
+        watched_encoder.wait_until_held()
+        tokens = gauge(client, "admitted_tokens")
+        rest = [threads.submit(post, client, seed_image(seed), size="64,64") for seed in range(6)]
+        wait_for(lambda: gauge(client, "admitted_tokens") == 7 * tokens)
+        wait_for(lambda: gauge(client, "queue_images") == 2)
+        time.sleep(0.1)
+        num_waiting = gauge(client, "queue_images")
+        watched_encoder.gate.set()
+
+        assert num_waiting == 2
+        assert all(future.result().status_code == 200 for future in [first, *rest])
+
+
+def test_more_features_than_may_be_held_are_refused_before_anything_is_decoded(serve):
+    with serve(max_feature_bytes=4 * 4 * 32 * 4 * 3) as client:
+        four, three = ([("images", seed_image(seed)) for seed in range(num)] for num in (4, 3))
+
+        fitting = client.post("/features", files=three, params={"pool": "mean", "size": "64,64"})
+        large = client.post("/features", files=four, params={"pool": "mean", "size": "64,64"})
+
+        assert fitting.status_code == 200
+        error = fault(large, 422, "response_too_large")
+        assert "8192 bytes" in error["message"]
+        assert gauge(client, "admitted_tokens") == 0
+
+
+def test_the_body_of_a_stream_of_frames_counts_until_its_end(serve, watched_encoder):
+    accept = PNG | {"accept": "application/x-refinery-frames"}
+    with serve(lambda *_: watched_encoder) as client, ThreadPoolExecutor(1) as threads:
+        bodies = client.app.state.service.bodies
+        watched_encoder.hold()
+        streamed = threads.submit(post, client, headers=accept)
+        watched_encoder.wait_until_held()
+        time.sleep(0.05)
+        held_bytes = bodies.num_bytes
+        watched_encoder.gate.set()
+
+        assert streamed.result().status_code == 200
+        assert held_bytes == len(PHOTO)
+        wait_for(lambda: bodies.num_bytes == 0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -17,7 +18,7 @@ import pytest
 from safetensors.numpy import load
 
 from backbone import preprocess
-from service import decoding
+from service import composing, decoding, wire
 from service.features import FEATURE_ERRORS
 from tests.service.conftest import REPOSITORY
 from tests.support import encoded, noise_image
@@ -201,3 +202,82 @@ def test_one_process_counts_the_requests_of_all_connections(server_process):
 
     after = value(server.client, 'refinery_requests_total{route="/info",status="200"}')
     assert after - before == 5
+
+
+@pytest.mark.parametrize(
+    "options", [{"pool": "mean"}, {"pool": "2"}, {"project": "2"}, {"boxes": "0,0,112,80"}]
+)
+def test_what_reads_whole_maps_is_done_away_from_the_event_loop(serve, monkeypatch, options):
+    threads = []
+    finish = composing.finish
+
+    def watched(*arguments, **names):
+        threads.append(threading.current_thread())
+        return finish(*arguments, **names)
+
+    monkeypatch.setattr(composing, "finish", watched)
+    with serve() as client:
+        loops = []
+        client.portal.call(lambda: loops.append(threading.current_thread()))
+        for _ in range(2):  # a miss and a hit
+            assert post(client, **options).status_code == 200
+
+    assert len(threads) == 2
+    assert loops[0] not in threads
+
+
+def test_slow_answers_do_not_keep_short_work_waiting(serve, monkeypatch):
+    started, may_end = threading.Semaphore(0), threading.Event()
+    finish = composing.finish
+
+    def slow(features, regions, options, **names):
+        if options.project is not None:
+            started.release()
+            assert may_end.wait(10)
+        return finish(features, regions, options, **names)
+
+    monkeypatch.setattr(composing, "finish", slow)
+    with serve() as client, ThreadPoolExecutor(2) as threads:
+        post(client)
+        slow_ones = [threads.submit(post, client, project=2) for _ in range(2)]
+        assert all(started.acquire(timeout=10) for _ in slow_ones)
+
+        hit = post(client)
+
+        assert hit.headers["x-cache"] == "hit"
+        assert not any(future.done() for future in slow_ones)
+        may_end.set()
+        assert all(future.result().status_code == 200 for future in slow_ones)
+
+
+def test_json_is_refused_for_all_its_values_and_not_for_features_alone(client, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_JSON_VALUES", 1000)
+    accept = PNG | {"accept": "application/json"}
+    mean = {"pool": "mean", "register_width": 2}
+
+    small = post(client, headers=accept, **mean)
+    large = post(client, headers=accept, include="registers", **mean)
+
+    assert small.status_code == 200
+    assert large.status_code == 422
+    assert large.json()["error"]["code"] == "response_too_large"
+
+
+def test_the_garbage_collector_leaves_what_the_libraries_made_alone(artifact):
+    script = (
+        "import gc, sys, service.server, service.__main__ as program\n"
+        "server = service.server.DrainingServer\n"
+        "server.run = lambda _: print(gc.get_freeze_count(), flush=True)\n"
+        "program.main(sys.argv[1:])"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "--model", str(artifact)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    assert int(ended.stdout) > 100_000
