@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backbone.artifact import Manifest, RegisterBorder, is_artifact, load_artifact, weights_digest
 from backbone.errors import ImageSizeError
-from backbone.preprocess import normalize
+from backbone.preprocess import Normalization
 from backbone.registers import LearnableBorder, canvas_size, strip, surround
 from backbone.served import obstacle, served_layers
 from backbone.vit import Backbone, DenseFeatures
@@ -63,6 +63,8 @@ class DenseEncoder:
         self.border: RegisterBorder | None = manifest.border if manifest else None
         self._learned_border = learned_border
         self._borders: OrderedDict[tuple[tuple[int, int], int], Tensor] = OrderedDict()
+        # Made once: to copy them to a CUDA device for every batch would wait for the batch before.
+        self._normalization = Normalization.of(backbone.mean, backbone.std, self.device)
         self._borders_lock = threading.Lock()
         reason = obstacle(backbone.vit)
         self._is_served = reason is None
@@ -156,12 +158,7 @@ class DenseEncoder:
 
     def canvas(self, images_B3hw: Tensor, width: int) -> Tensor:
         """Normalised pixels of uint8 images with a border of `width` patches around each."""
-        pixels = normalize(
-            images_B3hw.to(self.device),
-            mean=self.backbone.mean,
-            std=self.backbone.std,
-            dtype=self.dtype,
-        )
+        pixels = self._normalization(images_B3hw.to(self.device), self.dtype)
         if not width:
             return pixels
         height, image_width = images_B3hw.shape[-2:]

@@ -14,7 +14,7 @@ Dimension key: B = images, H, W = height and width in pixels, h, w = the same af
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ __all__ = [
     "DECODER_VERSION",
     "ImageHeader",
     "Interpolation",
+    "Normalization",
     "can_resize_on_cuda",
     "decode_image",
     "decode_jpegs_on_device",
@@ -141,6 +142,26 @@ def can_resize_on_cuda(original: tuple[int, int], resized: tuple[int, int]) -> b
     return all(old <= 8 * new for old, new in zip(original, resized, strict=True))
 
 
+class Normalization(NamedTuple):
+    """What makes a backbone's input of pixels: `pixels * scale - shift`, on one device."""
+
+    scale_311: Tensor  # float32
+    shift_311: Tensor
+
+    @classmethod
+    def of(
+        cls, mean: Sequence[float], std: Sequence[float], device: torch.device | str
+    ) -> "Normalization":
+        """That of a mean and a standard deviation per channel, of pixels between 0 and 1."""
+        scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32, device=device))
+        shift = torch.tensor(mean, device=device) * 255.0 * scale
+        return cls(scale.view(3, 1, 1), shift.view(3, 1, 1))
+
+    def __call__(self, pixels_B3HW: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 pixels to the backbone's input, in `dtype`."""
+        return (pixels_B3HW.float() * self.scale_311 - self.shift_311).to(dtype)
+
+
 def normalize(
     pixels_B3HW: Tensor,
     *,
@@ -149,10 +170,7 @@ def normalize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """uint8 pixels to the backbone's input: `(pixels / 255 - mean) / std`, channel by channel."""
-    scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32, device=pixels_B3HW.device))
-    shift = torch.tensor(mean, device=pixels_B3HW.device) * 255.0 * scale
-    normalized = pixels_B3HW.float() * scale.view(3, 1, 1) - shift.view(3, 1, 1)
-    return normalized.to(dtype)
+    return Normalization.of(mean, std, pixels_B3HW.device)(pixels_B3HW, dtype)
 
 
 def patch_affine(

@@ -204,9 +204,12 @@ def align(features: DenseFeatures, regions: Sequence[Regions]) -> list[Tensor]:
         rounds lengths away from 1.
     """
     p, normalize = regions[0].box_size, regions[0].normalize
+    boxes_R4 = torch.cat([region.boxes_K4 for region in regions])
+    if features.tokens.is_cuda:  # without waiting for what runs there
+        boxes_R4 = boxes_R4.pin_memory().to(features.tokens.device, non_blocking=True)
     rois_RPC = roi_align(
         features.tokens,
-        torch.cat([region.boxes_K4 for region in regions]),
+        boxes_R4,
         grid=features.grid,
         output_size=(p, p),
         num_boxes=[region.num_boxes for region in regions],

@@ -51,11 +51,19 @@ class BatchEncoder:
         self._copies = _stream(device) if device.type == "cuda" else None
 
     def warm_up(self, models: Sequence[ServedModel]) -> None:
-        """Encode one image with each model: a thread's first forward pays for its helpers."""
+        """Encode one image with each model, in the ways that requests can ask for.
+
+        A thread's first forward pays for its helpers, and a kernel's first launch for compiling it.
+        """
         for model in models:
             encoder = model.encoders[self._index]
             image_13hw = torch.zeros(1, 3, *encoder.native_size, dtype=torch.uint8)
             encoder.encode(image_13hw)[0].tokens.cpu()
+            if self._device.type == "cuda":
+                layers = sorted({0, encoder.backbone.depth - 1})
+                for features in encoder.encode(image_13hw, layers=layers, registers=True):
+                    if features.registers is not None:
+                        spurious_scores(features).cpu()
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[QueuedImage]) -> BatchOutput:

@@ -21,6 +21,9 @@ from service.urls import UrlFetcher
 from service.wire import ImageFailure
 from service.work import Examined, Item, examine, plan_item
 
+# Of one request: few, because what they bring is only counted when it is there.
+_FETCHES_AT_A_TIME = 4
+
 
 class Planner:
     """Plans the images of requests; for the event loop's thread."""
@@ -107,14 +110,25 @@ class Planner:
                 "--allow-url-hosts"
             )
 
+        limit = left = self._settings.max_body_bytes
+        turns = asyncio.Semaphore(_FETCHES_AT_A_TIME)
+
         async def fetch(image: ImageSource) -> bytes | Pixels | errors.ServiceError:
+            nonlocal left
             if not isinstance(image, ImageUrl):
                 return image
             try:
-                data: bytes = await fetcher.fetch(image.url)
-                return data
+                async with turns:
+                    data: bytes = await fetcher.fetch(image.url) if left >= 0 else b""
             except errors.ServiceError as error:
                 return error
+            left -= len(data)
+            if left >= 0:
+                return data
+            return errors.BodyTooLargeError(
+                f"the files behind the URLs of the request have more than {limit} bytes together; "
+                "send several requests"
+            )
 
         return list(await asyncio.gather(*map(fetch, images)))
 

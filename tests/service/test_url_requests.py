@@ -72,3 +72,13 @@ def test_a_url_that_cannot_be_had_is_told_with_its_index(serve, files):
     assert missing.json()["error"]["index"] == 1
     assert (foreign.status_code, foreign.json()["error"]["index"]) == (403, 0)
     assert sorted(load(partial.content)) == ["features.1"]
+
+
+def test_files_behind_urls_are_bounded_together_like_a_body(serve, files):
+    with serve(allow_url_hosts=files, max_body_bytes=2 * len(PHOTO)) as client:
+        few = post(client, *[f"{files}/photo"] * 2)
+        many = post(client, *[f"{files}/photo"] * 4)
+
+    assert few.status_code == 200, few.text
+    assert (many.status_code, many.json()["error"]["code"]) == (413, "body_too_large")
+    assert "together" in many.json()["error"]["message"]
