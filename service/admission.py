@@ -44,6 +44,7 @@ class Admission:
         self._num_devices = num_devices
         self._lock = threading.Lock()
         self._device_rate = 0.0
+        self._refused_tokens = 0  # lately: who was refused first will also come back first
         self.tokens = 0
 
     @property
@@ -92,7 +93,8 @@ class Admission:
             limit, reason = int(rate * seconds_left), "can be done by its deadline"
         if self.tokens > 0 and self.tokens + tokens > limit:
             # One that is larger than the bound waits until nothing else is there, and no longer.
-            excess = min(self.tokens + tokens - limit, self.tokens)
+            excess = min(self.tokens + tokens - limit, self.tokens) + self._refused_tokens
+            self._refused_tokens += tokens
             seconds = excess / rate if rate else 1.0
             wait = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
             self._metrics.rejected_tokens.inc(tokens)
@@ -105,6 +107,7 @@ class Admission:
 
     def release(self, tokens: int) -> None:
         """Work of so many tokens is done, or nobody wants it any more."""
+        self._refused_tokens = max(0, self._refused_tokens - tokens)
         self._change(-tokens)
 
     def _change(self, tokens: int) -> None:

@@ -20,7 +20,7 @@ from service.web import routes as web
 _DESCRIPTION = """Dense features of images from a refined vision transformer.
 
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o features.safetensors \\
-         http://127.0.0.1:8000/features
+         URL/features      (URL: where this page is, without /docs)
 
 Every error has the body `{"error": {"code", "message", "retryable", "request_id", "index"?}}`.
 """
@@ -109,6 +109,9 @@ def _add_probes(app: FastAPI) -> None:
 
     failed = errors.responses(errors.NotReadyError)
     failed_or_draining = errors.responses(errors.NotReadyError, errors.DrainingError)
+    # Some load balancers ask with HEAD.
+    for path, probe in (("/livez", livez), ("/healthz", livez), ("/readyz", readyz)):
+        app.head(path, include_in_schema=False)(probe)
     app.get("/livez", responses=failed, tags=["probes"])(livez)
     app.get("/healthz", responses=failed, tags=["probes"])(livez)
     app.get("/readyz", responses=failed_or_draining, tags=["probes"])(readyz)

@@ -81,6 +81,19 @@ def body_kind(content_type: str | None) -> BodyKind:
     )
 
 
+def check_encoding(content_encoding: str | None) -> None:
+    """Refuse bodies that are compressed as a whole.
+
+    Raises:
+        UnsupportedBodyError: `Content-Encoding` names anything but `identity`.
+    """
+    if content_encoding and content_encoding.strip().lower() != "identity":
+        raise UnsupportedBodyError(
+            f"Content-Encoding is {content_encoding[:40]!r}; send the body as it is: image files "
+            "are compressed already"
+        )
+
+
 async def read_body(
     chunks: AsyncIterator[bytes],
     *,
@@ -241,7 +254,10 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int, max_lists: i
             raise MalformedBodyError("the part 'options' is given twice; give it once")
         else:
             hint = nearest(part.name, ("images", "options"))
-            raise UnknownOptionError(f"unknown part {part.name!r}: {hint}")
+            raise UnknownOptionError(
+                f"unknown part {part.name!r}: {hint}; options are JSON in the part 'options', or "
+                "query parameters"
+            )
 
     def finish() -> None:
         nonlocal is_complete

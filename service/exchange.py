@@ -106,8 +106,8 @@ class Exchange:
             return error
         seconds = time.perf_counter() - self.started
         return errors.DeadlineError(
-            f"no answer within {round(seconds * 1e3)} ms; allow more with x-deadline-ms (at most "
-            f"{round(settings.request_seconds * 1e3)}), or send fewer images at once"
+            f"no answer within {math.ceil(seconds * 1e3)} ms; allow more with x-deadline-ms (at "
+            f"most {round(settings.request_seconds * 1e3)}), or send fewer images at once"
         )
 
     def _set_timer(self) -> None:

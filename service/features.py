@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from service import errors
 from service.answering import FeatureRequest
-from service.bodies import body_kind, read_body
+from service.bodies import body_kind, check_encoding, read_body
 from service.lifecycle import FeatureService
 from service.negotiation import MEDIA_TYPES, negotiate
 from service.responses import FramesResponse
@@ -90,6 +90,7 @@ async def features(request: Request, service: ServiceDep) -> Response:
     stages = Stages()
     media = negotiate(request.headers.get("accept"))
     kind = body_kind(request.headers.get("content-type"))
+    check_encoding(request.headers.get("content-encoding"))
     with ExitStack() as held:
         take = held.enter_context(service.bodies.hold())
         body = await read_body(

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499
 _FEATURES = "/features"
 _ORIGIN = re.compile(r"https?://[^/*?#\s]+")
-_MILLISECONDS = re.compile(r"0{0,8}[1-9][0-9]{0,11}")
+_MILLISECONDS = re.compile(r"0{0,8}[1-9][0-9]{0,15}")
 # Fields of every log line that are no attributes of a span.
 _IDENTITY = frozenset({"request_id", "trace_id", "span_id"})
 

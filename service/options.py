@@ -210,7 +210,8 @@ def _from_text(name: str, text: str) -> Any:
     if name in _NUMBERS and _is_integer(text):
         return int(text)
     if name in _LISTS:
-        numbers = _as_list(text)
+        # 448x672 is how buckets are written.
+        numbers = _as_list(text.replace("x", ",") if name == "size" else text)
         return numbers[0] if name == "size" and len(numbers) == 1 and "[" not in text else numbers
     if name in _SWITCHES and text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
@@ -262,6 +263,8 @@ def _option_error(error: ValidationError | orjson.JSONEncodeError) -> ServiceErr
     shown = repr(item["input"])[:80]
     if item["type"] == "literal_error" and name in _CHOICES:
         return InvalidOptionError(f"option {name!r} is {shown}: {nearest(shown, _CHOICES[name])}")
+    if name in _WANTED:
+        return InvalidOptionError(f"option {name!r} is {shown}; wanted: {_WANTED[name]}")
     wanted = FeatureOptions.model_fields[name].description
     return InvalidOptionError(f"option {name!r} is {shown}: {item['msg']}; wanted: {wanted}")
 
@@ -271,5 +274,11 @@ _CHOICES = {
     "layout": get_args(Layout),
     "include": get_args(Include),
     "cache": get_args(CacheUse),
+}
+# Where pydantic would speak of one alternative alone.
+_WANTED = {
+    "pool": f"none, mean, or a factor from 1 to {MAX_POOL}",
+    "size": "the longest side in pixels, or height and width: 448, or 448,672 as query parameter "
+    "and [448, 672] in JSON",
 }
 _DEFAULT_OPTIONS = FeatureOptions()

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         images = find_images(chosen.images)
         key = read_key(chosen.api_key_file)
+        check_output(chosen.out)
         client = FeatureClient(
             chosen.url,
             api_key=key,
@@ -52,6 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved = f"saved features of {file.num_images} of {len(images)} images"
     _complain(f"{saved} to {chosen.out}" if file.num_images else "nothing was saved", 0)
     return _FAILED if failures else 0
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place that nothing can be written to, before anything is asked for.
+
+    Raises:
+        UsageError: a folder, or a file in a folder that does not exist.
+    """
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"--out {path}: there is no folder {path.absolute().parent}; make it first"
+        )
 
 
 def find_images(paths: Sequence[Path]) -> dict[str, Path]:

@@ -198,3 +198,16 @@ def test_bodies_are_held_until_their_block_ends_and_no_more_than_allowed():
         assert bodies.num_bytes == 10
 
     assert bodies.num_bytes == 0
+
+
+def test_those_who_are_refused_later_are_told_to_come_back_later():
+    admission = make_admission(max_tokens=100)
+    admission.start_at(10.0)
+    admission.admit(100)
+
+    waits = [int(refuse(admission, 20).headers["retry-after"]) for _ in range(4)]
+    admission.release(100)
+    admission.admit(100)
+
+    assert waits == [2, 4, 6, 8]
+    assert int(refuse(admission, 20).headers["retry-after"]) == 2

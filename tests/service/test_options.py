@@ -192,3 +192,19 @@ def test_shaping_options_are_those_that_change_an_answer_of_given_features():
     assert set(shaping) | {"model", "size", "layers", "register_width", "cache", "partial"} == set(
         FeatureOptions.model_fields
     )
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ([("pool", "65")], "a factor from 1 to 64"),
+        ([("size", "448,448,448")], "448,672 as query parameter"),
+    ],
+)
+def test_options_of_several_kinds_name_them_all(query, message):
+    with pytest.raises(InvalidOptionError, match=message):
+        parse(query)
+
+
+def test_a_size_may_be_written_as_buckets_are():
+    assert parse([("size", "448x672")]).size == (448, 672)

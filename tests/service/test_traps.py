@@ -281,3 +281,15 @@ def test_the_garbage_collector_leaves_what_the_libraries_made_alone(artifact):
     )
 
     assert int(ended.stdout) > 100_000
+
+
+def test_bodies_that_are_compressed_as_a_whole_are_refused_and_not_misread(client):
+    response = post(client, headers=PNG | {"content-encoding": "gzip"})
+
+    assert response.status_code == 415
+    assert "Content-Encoding is 'gzip'" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("route", ["/livez", "/readyz", "/healthz"])
+def test_probes_may_be_asked_with_head(client, route):
+    assert client.head(route).status_code == 200

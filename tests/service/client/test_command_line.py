@@ -153,12 +153,17 @@ def test_arguments_that_lead_nowhere_end_with_2(arguments, reason, tmp_path, mon
     assert reason in capsys.readouterr().err
 
 
-def test_a_folder_that_does_not_exist_is_said_to_not_to(folder, tmp_path, capsys):
-    with running(Script()) as server:
-        status = run(server, folder, "--out", tmp_path / "none" / "x.safetensors")
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(folder, tmp_path, capsys):
+    script = Script()
+    with running(script) as server:
+        missing = run(server, folder, "--out", tmp_path / "none" / "x.safetensors")
+        a_folder = run(server, folder, "--out", tmp_path)
 
-    assert status == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    assert script.asked == []
+    assert (missing, a_folder) == (2, 2)
+    told = capsys.readouterr().err
+    assert "there is no folder" in told
+    assert "is a folder; name a file in it" in told
 
 
 def test_another_model_in_between_is_a_failure(folder, tmp_path, capsys):
