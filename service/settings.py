@@ -127,7 +127,7 @@ class Settings(BaseModel):
         "per second stop growing",
     )
     batch_seconds: float = Field(
-        0.25,
+        0.1,
         gt=0,
         description="longest that a batch should take at the measured rate: who comes meanwhile "
         "waits that long; a single image may take longer",
