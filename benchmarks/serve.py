@@ -79,7 +79,9 @@ def main() -> int:
                 verdict = {True: "pass", False: "FAIL", None: "not tried"}[check.passed]
                 sys.stderr.write(f"  {verdict}: {check.criterion}: {check.measured}\n")
     result = {
-        "command": "python -m benchmarks.serve " + " ".join(sys.argv[1:]),
+        # The folder is whoever's; what lies in it the results cannot say.
+        "command": "python -m benchmarks.serve "
+        + " ".join(sys.argv[1:]).replace(str(arguments.images), "PHOTOS"),
         "machine": about,
         "cores_taken_by_others": cores.others(),
         "versions": versions(),
