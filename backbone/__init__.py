@@ -9,6 +9,7 @@ from backbone.artifact import (
     read_manifest,
     save_artifact,
 )
+from backbone.devices import find_devices
 from backbone.encoder import (
     DenseEncoder,
     Precision,
@@ -27,6 +28,7 @@ __all__ = [
     "Manifest",
     "Precision",
     "RegisterBorder",
+    "find_devices",
     "has_bf16_matrix_units",
     "multiplies_bf16",
     "is_artifact",

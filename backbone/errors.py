@@ -9,6 +9,7 @@ RefineryError
   ModelError                what is wrong with a backbone or its files
     ModelNotFoundError        no such model, or its weights cannot be had
     ArtifactError             an artifact folder that is damaged or of another schema
+  DeviceError               a device that is not here, or that PyTorch cannot use
 """
 
 
@@ -46,3 +47,7 @@ class ModelNotFoundError(ModelError):
 
 class ArtifactError(ModelError):
     """An artifact folder is incomplete, damaged, or of an unknown schema."""
+
+
+class DeviceError(RefineryError):
+    """There is no such device, or PyTorch cannot use it."""

@@ -45,7 +45,7 @@ def _serve(settings: Settings) -> int:
     try:
         mode()
         app = create_app(settings)
-    except (KernelError, SettingsError) as error:  # REFINERY_KERNELS is not the service's own
+    except (RefineryError, KernelError, SettingsError) as error:
         return _refuse(error, settings)
     # A full pass of the garbage collector holds up every thread. Over what the libraries made it
     # takes a third of a second, and none of that is garbage. Models are loaded later and may go.

@@ -1,8 +1,10 @@
 """The HTTP application: routes around a `FeatureService`."""
 
+import platform
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import torch
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -55,6 +57,12 @@ def create_app(settings: Settings, open_encoder: OpenEncoder | None = None) -> F
         redirect_slashes=False,
     )
     app.state.service = service
+    service.metrics.show_build(
+        version=app.version,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda or "none",
+    )
     install(app, service)
     app.add_exception_handler(errors.ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

@@ -75,6 +75,8 @@ class Engine:
         self._encoder = BatchEncoder(index, self.device, metrics)
         self._working: list[_Launched | list[QueuedImage]] = []
         self._busy_since: float | None = None
+        self._counted_since = 0.0
+        self._busy_total = metrics.add_engine(device)
         self.is_warm = threading.Event()
         self._last_end = 0.0
 
@@ -132,7 +134,7 @@ class Engine:
         """Begin on a batch; None when it is already answered."""
         started = time.perf_counter()
         if not self._working:
-            self._busy_since = started
+            self._busy_since = self._counted_since = started
         self._working.append(batch)
         torch.set_num_threads(self._cores.enter())
         try:
@@ -173,7 +175,10 @@ class Engine:
     def _done(self, work: _Launched | list[QueuedImage]) -> None:
         self._cores.leave()
         self._working = [other for other in self._working if other is not work]
-        self._busy_since = time.perf_counter() if self._working else None
+        now = time.perf_counter()
+        self._busy_total.inc(now - self._counted_since)
+        self._counted_since = now
+        self._busy_since = now if self._working else None
 
     def _answer_singly(self, batch: list[QueuedImage], error: Exception) -> None:
         """Try the images of a failed batch one by one, so that only the guilty one fails.

@@ -4,8 +4,9 @@
     python -m service.keys new operator --admin --file keys.txt
     python -m service.keys hash < key.txt                   # the hash of a key made elsewhere
 
-One key a line, `NAME SHA256HEX [admin]`; empty lines and `# comments` are allowed. Only hashes are
-kept, so who reads the file cannot ask for features with it.
+One key a line, `NAME SHA256HEX [admin]`; empty lines and `# comments` are allowed, and a file of
+comments alone admits nobody. Only hashes are kept, so who reads the file cannot ask for features
+with it.
 """
 
 import argparse
@@ -153,9 +154,17 @@ def _read(path: Path) -> list[tuple[bytes, Identity]]:
             )
         keys[bytes.fromhex(words[1])] = Identity(words[0], len(words) == 3)
         names.add(words[0])
-    if not keys:
+    if not text:
+        # Also what a file looks like while it is being written, which must not shut everybody out.
         raise SettingsError(
-            f"API key file {path} has no keys; add one: python -m service.keys new NAME --file FILE"
+            f"API key file {path} is empty; add a key: python -m service.keys new NAME --file FILE "
+            "(a file that has only a # comment admits nobody)"
+        )
+    if not keys:
+        logger.warning(
+            "API key file %s has no keys: nobody is admitted until one is added, which takes a "
+            "second: python -m service.keys new NAME --file FILE",
+            path,
         )
     return list(keys.items())
 

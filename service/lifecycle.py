@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from backbone import find_devices
 from service.admission import Admission, HeldBodies
 from service.batcher import Batcher
 from service.cache import FeatureCache, build_cache
@@ -48,10 +49,11 @@ class FeatureService:
 
         Raises:
             SettingsError: the cache, or a host of URLs, cannot be used as configured.
+            DeviceError: a device is not here or cannot be used.
         """
         self.settings = settings
         self.metrics = Metrics()
-        devices = resolve_devices(settings.device)
+        devices = find_devices(settings.device)
         self.registry = ModelRegistry(settings, devices, open_encoder)
         self.admission = Admission(
             self.metrics,
@@ -302,27 +304,6 @@ class FeatureService:
         self._end_watch = watch_compiles(self.metrics.late_compiles.inc)
         self._is_loaded = True
         self.metrics.ready.set(self.phase == "ready")
-
-
-def resolve_devices(device: str) -> list[str]:
-    """`auto` is every CUDA device, or the CPU.
-
-    Raises:
-        SettingsError: a device that this machine does not have.
-    """
-    if device != "auto":
-        devices = device.split(",")
-        present = torch.cuda.device_count()
-        for name in devices:
-            if name.startswith("cuda") and (torch.device(name).index or 0) >= present:
-                raise SettingsError(
-                    f"--device has {name} and this machine has {present} CUDA devices; give cpu, "
-                    "auto, or one that is there"
-                )
-        return devices
-    if torch.cuda.is_available():
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return ["cpu"]
 
 
 def _fetcher(settings: Settings) -> UrlFetcher | None:

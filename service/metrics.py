@@ -102,6 +102,22 @@ class Metrics:
         self._device_memory = self._gauge(
             "device_memory_bytes", "Memory of the CUDA device", ("device", "state")
         )
+        self._engines = self._gauge("engines", "Forwards that may run at a time", ("device",))
+        self._engine_busy = self._counter(
+            "engine_busy_seconds", "Time that engines spent on batches, added up", ("device",)
+        )
+        self._build = self._gauge(
+            "build_info", "Always 1; what runs", ("version", "python", "torch", "cuda")
+        )
+
+    def add_engine(self, device: str) -> Counter:
+        """Count an engine on `device`; returns where the seconds go that it is busy."""
+        self._engines.labels(device).inc()
+        return self._engine_busy.labels(device)
+
+    def show_build(self, *, version: str, python: str, torch: str, cuda: str) -> None:
+        """Versions of the project and of what it stands on."""
+        self._build.labels(version, python, torch, cuda).set(1)
 
     def show_models(self, models: Iterable[tuple[str, str, str, str]]) -> None:
         """Name, digest, backbone and precision of each model that is served."""

@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
+from backbone import find_devices
 from backbone.errors import RefineryError
 from kernels.dispatch import KernelError, check_mode
 from trainer.errors import TrainerError
@@ -133,19 +134,9 @@ def _device(name: str) -> torch.device:
         raise TrainerError(
             "this version trains in one process; start it without torchrun, on one device"
         )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TrainerError(f"no device is called {name!r}; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise TrainerError(f"device {name} is not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TrainerError(
-            f"device {name} is not here: {torch.cuda.device_count()} CUDA devices are visible"
-        )
-    return device
+    if "," in name:
+        raise TrainerError(f"--device {name} has several devices; this version trains on one")
+    return torch.device(find_devices(name)[0])
 
 
 def _set_up_logging(console: Console) -> None:

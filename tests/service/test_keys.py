@@ -182,15 +182,30 @@ def test_a_line_that_is_no_key_is_refused_by_its_number_and_not_shown(key_file, 
     assert "secret-in-clear" not in str(caught.value)
 
 
-def test_a_file_without_keys_or_no_file_is_refused(tmp_path):
-    (tmp_path / "empty").write_text("# nobody yet\n")
+def test_an_empty_file_or_no_file_is_refused(tmp_path):
+    (tmp_path / "empty").touch()
 
-    with pytest.raises(SettingsError, match="has no keys"):
+    with pytest.raises(SettingsError, match="is empty"):
         KeyRing(tmp_path / "empty")
     with pytest.raises(SettingsError, match="No such file"):
         KeyRing(tmp_path / "none")
-    with pytest.raises(SettingsError, match="directory"):
+    with pytest.raises(SettingsError, match="Is a directory"):
         KeyRing(tmp_path)
+
+
+def test_a_file_of_comments_admits_nobody_until_a_key_is_added(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(keys, "_CHECK_SECONDS", 0.0)
+    path = tmp_path / "keys"
+    path.write_text("# nobody yet\n")
+    ring = KeyRing(path)
+
+    assert "has no keys" in caplog.text
+    assert ring.authenticate(bearer(ALICE)) is None
+
+    path.write_text("# somebody\n" + key_line("alice", ALICE, is_admin=False))
+    assert ring.authenticate(bearer(ALICE)) == Identity("alice", is_admin=False)
+    path.write_text("# all revoked\n")
+    assert ring.authenticate(bearer(ALICE)) is None
 
 
 def test_the_command_prints_a_key_and_a_line_that_admits_it(tmp_path, capsys):
