@@ -30,6 +30,7 @@ from service.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 
+_FILE_VARIABLE = "REFINERY_API_KEY_FILE"
 _KEY_BYTES = 32
 # A hash only protects what cannot be guessed; `new` makes keys of 43 characters.
 _MIN_KEY_CHARACTERS = 16
@@ -226,7 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     new = commands.add_parser("new", help="make a key and print it once")
     new.add_argument("name", help="whose key it is; log lines carry it")
     new.add_argument("--admin", action="store_true", help="allow /admin too")
-    new.add_argument("--file", type=Path, help="append the line to this file (mode 0600)")
+    new.add_argument(
+        "--file",
+        type=Path,
+        default=os.environ.get(_FILE_VARIABLE),
+        help=f"append the line to this file, mode 0600 when it is new (default: {_FILE_VARIABLE} "
+        "of the environment; without either the line is printed)",
+    )
     commands.add_parser("hash", help="read a key from standard input and print its hash")
     options = parser.parse_args(arguments)
     try:

@@ -217,6 +217,17 @@ def test_the_command_prints_a_key_and_a_line_that_admits_it(tmp_path, capsys):
     assert re.fullmatch(r"[A-Za-z0-9_-]{43}", key)
 
 
+def test_the_command_appends_to_the_file_of_the_service_s_environment(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("REFINERY_API_KEY_FILE", str(tmp_path / "keys"))
+
+    assert main(["new", "bob"]) == 0
+
+    ring = KeyRing(tmp_path / "keys")
+    assert ring.authenticate(bearer(capsys.readouterr().out.strip())).name == "bob"
+
+
 def test_the_command_makes_a_file_that_others_cannot_read(tmp_path, capsys):
     path = tmp_path / "keys"
 
