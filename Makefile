@@ -2,10 +2,14 @@
 #   make serve [MODEL=PATH] [PORT=8000]            the feature server; both models that ship by default
 #   make test                                      all tests
 #   make test-gpu                                  tests that need a CUDA device
+#   make test-deploy                               tests that need a Docker engine: images, compose
+#   make up [GPU=1] | make down                    the service in containers, with Redis; Prometheus and Grafana with OBS=1
+#   make images                                    the images vit-refinery-service and vit-refinery-trainer
+#   make model-image MODEL=PATH TAG=NAME:TAG       an artifact as an image, to be mounted as a volume
 #   make check                                     lint, format, types
 #   make train-demo IMAGES=DIR [OUTPUT=runs/demo]  refine the small pre-trained backbone that ships
 #   make kernel-resources                          renew benchmarks/results/kernel_resources_sm90.csv
-#   make lock                                      renew requirements.lock
+#   make lock                                      renew requirements.lock, docker/*.lock and requirements-deploy.lock
 #   make clean                                     remove the environment and caches
 
 VENV ?= .venv
@@ -21,11 +25,20 @@ OUTPUT ?= runs/demo
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEPLOY_TOOLS := build/deploy-tools
 OLDEST_TRITON := build/triton-3.6.0
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+# docker-compose is version 1.
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
+	--file compose.yaml $(if $(GPU),--file compose.gpu.yaml) $(if $(OBS),--profile obs)
+DOCKER_BUILD = DOCKER_BUILDKIT=1 docker build \
+	$(if $(VIT_REFINERY_PYTHON_IMAGE),--build-arg PYTHON_IMAGE="$(VIT_REFINERY_PYTHON_IMAGE)") \
+	$(if $(VIT_REFINERY_TORCH_INDEX),--build-arg TORCH_INDEX="$(VIT_REFINERY_TORCH_INDEX)") \
+	--build-arg REVISION="$$(git rev-parse HEAD)" --build-arg CREATED="$$(date -u +%Y-%m-%dT%H:%M:%SZ)"
 RESOURCES := benchmarks/results/kernel_resources_sm90.csv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu check train-demo kernel-resources lock clean
+.PHONY: help serve test test-gpu test-deploy up down images model-image check train-demo kernel-resources lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,12 +55,42 @@ serve: $(INSTALLED)
 	$(BIN)/python -m service $(MODELS) --host $(HOST) --port $(PORT)
 
 # Triton decides at import whether it interprets: what runs device code on the CPU is a process of its own.
-test: $(INSTALLED) $(OLDEST_TRITON)
+test: $(INSTALLED) $(OLDEST_TRITON) $(DEPLOY_TOOLS)/.installed
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/device
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+test-deploy: $(INSTALLED)
+	$(BIN)/python -m pytest --engine tests/deploy/engine
+
+up:
+	$(COMPOSE) up --build --detach
+	@echo
+	@echo "A key, shown once:  $(COMPOSE) run --rm keys new NAME"
+	@echo "Then:               curl -H 'Authorization: Bearer KEY' http://127.0.0.1:8000/info"
+
+down:
+	$(COMPOSE) down
+
+images:
+	for target in service trainer; do \
+		$(DOCKER_BUILD) --file docker/Dockerfile --target $$target --tag vit-refinery-$$target:$(VERSION) . || exit 1; \
+	done
+
+model-image:
+	@test -f "$(MODEL)/refinery.json" && test -n "$(TAG)" || \
+		{ echo "give an artifact and a name: make model-image MODEL=runs/first/refined TAG=vit-refinery-model:1" >&2; exit 2; }
+	$(DOCKER_BUILD) --file docker/model.Dockerfile --tag "$(TAG)" "$(MODEL)"
+
+# What tests/deploy starts; apart from $(VENV), since checkov pins what the service must not follow.
+$(DEPLOY_TOOLS)/.installed: requirements-deploy.lock | $(INSTALLED)
+	rm -rf $(DEPLOY_TOOLS)
+	$(PYTHON) -m venv $(DEPLOY_TOOLS)
+	$(DEPLOY_TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
+		-r requirements-deploy.lock
+	touch $@
 
 # The lower end of the range in pyproject.toml: change both together, and OLDEST in tests/kernels/test_aot.py.
 $(OLDEST_TRITON): requirements-oldest-triton.lock | $(INSTALLED)
@@ -75,6 +118,13 @@ lock:
 	build/uv/bin/pip install --quiet uv
 	build/uv/bin/uv pip compile pyproject.toml --extra dev --universal --upgrade --generate-hashes \
 		--no-header --no-annotate --python-version 3.11 --output-file requirements.lock
+	cp requirements.lock build/images.lock
+	build/uv/bin/uv pip compile pyproject.toml --extra otel --extra tensorboard --universal --generate-hashes \
+		--no-header --no-annotate --python-version 3.11 --output-file build/images.lock
+	awk '/^[a-z]/ {heavy = /^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/} \
+		{print > (heavy ? "docker/torch.lock" : "docker/rest.lock")}' build/images.lock
+	build/uv/bin/uv pip compile requirements-deploy.in --universal --upgrade --generate-hashes \
+		--no-header --no-annotate --python-version 3.11 --output-file requirements-deploy.lock
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info

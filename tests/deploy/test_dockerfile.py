@@ -9,7 +9,11 @@ import pytest
 from tests.deploy.tools import tool
 from tests.support import ROOT
 
-DOCKERFILES = ("docker/Dockerfile", "docker/model.Dockerfile", "tests/deploy/engine/images/Dockerfile")
+DOCKERFILES = (
+    "docker/Dockerfile",
+    "docker/model.Dockerfile",
+    "tests/deploy/engine/images/Dockerfile",
+)
 # Why each check is left out:
 CHECKOV_SKIPS = (
     "CKV_DOCKER_7",  # wants a tag on FROM base AS ..., which is a stage
@@ -67,7 +71,9 @@ def test_checkov_sees_a_container_of_root_s(tmp_path):
 
 def test_the_locks_of_the_images_are_part_of_the_project_s_lock():
     project = pins((ROOT / "requirements.lock").read_text())
-    torch, rest = (pins((ROOT / "docker" / name).read_text()) for name in ("torch.lock", "rest.lock"))
+    torch, rest = (
+        pins((ROOT / "docker" / name).read_text()) for name in ("torch.lock", "rest.lock")
+    )
 
     assert not torch.keys() & rest.keys()
     names = {name for name, _ in project}
@@ -82,7 +88,9 @@ def test_the_locks_of_the_images_are_part_of_the_project_s_lock():
 
 
 def test_a_lock_is_read_entry_by_entry():
-    text = "a==1 ; x \\\n    --hash=sha256:2 \\\n    --hash=sha256:1\nb==2 \\\n    --hash=sha256:3\n"
+    text = (
+        "a==1 ; x \\\n    --hash=sha256:2 \\\n    --hash=sha256:1\nb==2 \\\n    --hash=sha256:3\n"
+    )
 
     assert pins(text) == {
         ("a==1", "a==1 ; x"): ["sha256:1", "sha256:2"],
@@ -132,3 +140,15 @@ def test_only_what_docker_20_10_takes_is_used():
     assert not re.search(r"^# *syntax=|<<-?['\"]?EOF|--link|--start-interval", text, re.MULTILINE)
     assert re.search(r'^ENTRYPOINT \["/usr/bin/tini", "--"\]$', text, re.MULTILINE)
     assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
+
+
+def test_images_from_elsewhere_are_pinned_by_digest_and_the_same_in_both_files():
+    base = re.search(r"^ARG PYTHON_IMAGE=(.+)$", (ROOT / "docker/Dockerfile").read_text(), re.M)
+    images = re.findall(r"_IMAGE:-([^}]+)\}", (ROOT / "compose.yaml").read_text())
+
+    assert base is not None
+    assert base[1] in images
+    for image in images:
+        name = re.fullmatch(r"[a-z/-]+:[a-z0-9.-]+(@sha256:[0-9a-f]{64})?", image)
+        assert name, image
+        assert name[1] or image.startswith("vit-refinery-"), f"{image} has no digest"

@@ -4,7 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.engine.containers import build, container, docker, inspect, wait_for
+from tests.deploy.engine.containers import (
+    HARDENED,
+    build,
+    container,
+    docker,
+    inspect,
+    wait_for,
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,7 +27,7 @@ def service_image() -> str:
 
 
 @pytest.fixture(scope="session")
-def trainer_image(service_image: str) -> str:
+def trainer_image() -> str:
     build("trainer", "vit-refinery-test/trainer")
     return "vit-refinery-test/trainer"
 
@@ -28,8 +35,6 @@ def trainer_image(service_image: str) -> str:
 @pytest.fixture(scope="session")
 def served(service_image: str) -> Iterator[tuple[str, str]]:
     """A healthy container as it is run in production, and its address."""
-    from tests.deploy.engine.containers import HARDENED
-
     with container(
         service_image, *HARDENED, "--publish", "127.0.0.1::8000", "--env", "REFINERY_INSECURE=true"
     ) as name:

@@ -120,8 +120,8 @@ class Project:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def __call__(self, *arguments: str, check: bool = True, timeout: float = 900) -> str:
-        """Output of a Compose command, standard error apart."""
+    def __call__(self, *arguments: str, fails: bool = False, timeout: float = 900) -> str:
+        """Output of a Compose command; of one that must fail, standard error too."""
         done = subprocess.run(
             [*self._compose, "--project-name", self.name, *arguments],
             cwd=ROOT,
@@ -133,8 +133,8 @@ class Project:
             timeout=timeout,
         )
         text = done.stdout + done.stderr
-        assert not check or done.returncode == 0, f"{' '.join(arguments)}:\n{text}"
-        return done.stdout.strip()
+        assert (done.returncode == 0) != fails, f"{' '.join(arguments)}:\n{text}"
+        return (text if fails else done.stdout).strip()
 
     def container(self, service: str) -> str:
         """Id of the container of a service."""

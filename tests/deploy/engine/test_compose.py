@@ -117,7 +117,9 @@ def test_only_the_service_is_published_and_only_to_this_machine(project):
 
     assert set(bindings) == {"8000/tcp"}
     assert {binding["HostIp"] for binding in bindings["8000/tcp"]} == {"127.0.0.1"}
-    assert ask(project.url + "/metrics").status == 404 or ask(project.url + "/metrics").status == 401
+    assert (
+        ask(project.url + "/metrics").status == 404 or ask(project.url + "/metrics").status == 401
+    )
 
 
 def test_redis_cannot_reach_the_outside(project):
@@ -202,8 +204,9 @@ def test_a_gpu_that_is_not_there_is_an_error_of_the_engine_and_no_slow_service(p
             "-f", "compose.yaml", "-f", "compose.gpu.yaml", "up", "--detach", "service", check=False
         )
         assert not text or "healthy" not in text
-        assert not other("ps", "--quiet", "service", check=False) or not inspect(
-            other.container("service")
-        )["State"]["Running"]
+        assert (
+            not other("ps", "--quiet", "service", check=False)
+            or not inspect(other.container("service"))["State"]["Running"]
+        )
     finally:
         other("down", "--volumes", check=False)
