@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,6 @@ def test_a_lock_is_read_entry_by_entry():
 
 
 def test_what_the_project_needs_is_in_the_images():
-    """Every dependency of pyproject.toml, and the extras for traces and curves."""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = {
