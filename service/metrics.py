@@ -21,6 +21,8 @@ _SECONDS = (
     0.001, 0.0016, 0.0025, 0.004, 0.0063, 0.01, 0.016, 0.025, 0.04, 0.063, 0.1, 0.15, 0.25, 0.4,
     0.63, 1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0, 30.0,
 )  # fmt: skip
+_ALERTED_STATUSES = ("200", "429", "500", "503", "504")
+_ALERTED_CODES = ("internal", "encoding_failed")
 _IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _TOKENS = tuple(256 * 2**power for power in range(12))
 
@@ -35,6 +37,11 @@ class Metrics:
         ProcessCollector(namespace="refinery", registry=self.registry)
         self.requests = self._counter("requests", "Requests answered", ("route", "status"))
         self.errors = self._counter("errors", "Error answers", ("code",))
+        # A series that begins at its first failure has no increase there, and no alert sees it.
+        for status in _ALERTED_STATUSES:
+            self.requests.labels("/features", status)
+        for code in _ALERTED_CODES:
+            self.errors.labels(code)
         self.abandoned = self._counter("abandoned_requests", "Requests whose client hung up")
         self.images = self._counter("images", "Images encoded")
         self.boxes = self._counter("boxes", "Boxes cut out of encoded images")

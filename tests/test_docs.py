@@ -323,20 +323,6 @@ def test_every_metric_is_explained(app):
     assert named(OPERATIONS, "metric") == registered
 
 
-def test_every_alert_is_about_a_metric_and_promtool_takes_the_rules(tmp_path):
-    (rules,) = [text for kind, text in FENCE.findall(OPERATIONS) if kind == "yaml"]
-    used = set(re.findall(r"refinery_\w+", rules))
-    assert {name.removesuffix("_bucket") for name in used} <= named(OPERATIONS, "metric")
-    if shutil.which("promtool") is None:
-        pytest.skip("no promtool: the rules are not checked")
-    (tmp_path / "rules.yaml").write_text(rules)
-
-    command = ["promtool", "check", "rules", "--lint-fatal", str(tmp_path / "rules.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("document", [API, OPERATIONS])
 def test_files_that_are_linked_exist(document):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document)

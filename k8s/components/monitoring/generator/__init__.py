@@ -1,0 +1,1 @@
+"""Makes the dashboard and the PrometheusRule of this folder; see `__main__`."""
