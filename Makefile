@@ -28,13 +28,15 @@ INSTALLED := $(VENV)/.installed
 DEPLOY_TOOLS := build/deploy-tools
 OLDEST_TRITON := build/triton-3.6.0
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# docker-compose is version 1.
-COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
-	--file compose.yaml $(if $(GPU),--file compose.gpu.yaml) $(if $(OBS),--profile obs)
+# docker-compose is version 1, which builds without BuildKit unless told. Files that are named replace those that Compose
+# would find by itself, so that the override has to be named too.
+COMPOSE = DOCKER_BUILDKIT=1 $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
+	--file compose.yaml $(if $(GPU),--file compose.gpu.yaml) $(addprefix --file ,$(wildcard compose.override.yaml)) \
+	$(if $(OBS),--profile obs)
 DOCKER_BUILD = DOCKER_BUILDKIT=1 docker build \
 	$(if $(VIT_REFINERY_PYTHON_IMAGE),--build-arg PYTHON_IMAGE="$(VIT_REFINERY_PYTHON_IMAGE)") \
 	$(if $(VIT_REFINERY_TORCH_INDEX),--build-arg TORCH_INDEX="$(VIT_REFINERY_TORCH_INDEX)") \
-	--build-arg REVISION="$$(git rev-parse HEAD)" --build-arg CREATED="$$(date -u +%Y-%m-%dT%H:%M:%SZ)"
+	--build-arg VERSION="$(VERSION)" --build-arg REVISION="$$(git rev-parse HEAD)" --build-arg CREATED="$$(date -u +%Y-%m-%dT%H:%M:%SZ)"
 RESOURCES := benchmarks/results/kernel_resources_sm90.csv
 
 .DEFAULT_GOAL := help
@@ -71,8 +73,9 @@ up:
 	@echo "A key, shown once:  $(COMPOSE) run --rm keys new NAME"
 	@echo "Then:               curl -H 'Authorization: Bearer KEY' http://127.0.0.1:8000/info"
 
+# With every profile: version 2 leaves containers of the others running, and then cannot remove their network.
 down:
-	$(COMPOSE) down
+	$(COMPOSE) --profile obs --profile train down
 
 images:
 	for target in service trainer; do \

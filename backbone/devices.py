@@ -4,6 +4,7 @@ A GPU that PyTorch cannot reach must not end in work on the CPU: it would be slo
 know why.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def find_devices(wanted: str) -> list[str]:
 
     Args:
         wanted: cpu, cuda, cuda:N, several with commas, or auto: every CUDA device, or the CPU
-            where the machine has no GPU.
+            where the machine has no GPU or CUDA_VISIBLE_DEVICES hides it.
 
     Raises:
         DeviceError: a device that is not here, a GPU that this PyTorch was not built for, or a GPU
@@ -33,7 +34,7 @@ def find_devices(wanted: str) -> list[str]:
     if wanted == "cpu":
         return ["cpu"]
     num_present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not num_present and DEVICE_NODE.exists():
+    if not num_present and DEVICE_NODE.exists() and not _are_hidden():
         raise DeviceError(f"this machine has an NVIDIA GPU, but {_obstacle()}; or use --device cpu")
     if wanted == "auto":
         names = [f"cuda:{index}" for index in range(num_present)] or ["cpu"]
@@ -70,6 +71,11 @@ def _check(name: str, num_present: int) -> None:
         )
 
 
+def _are_hidden() -> bool:
+    """Whether the GPUs were taken away on purpose, as Slurm does for jobs that asked for none."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+
+
 def _lowest_capability() -> tuple[int, int]:
     """The oldest GPUs that this PyTorch has device code for; (0, 0) when it does not say."""
     numbers = re.findall(r"\bsm_(\d+)(\d)\b", " ".join(torch.cuda.get_arch_list()))
@@ -83,10 +89,18 @@ def _obstacle() -> str:
         return f"PyTorch {torch.__version__} was built without CUDA: install the build with CUDA"
     lowest = _LOWEST_DRIVERS.get(cuda.partition(".")[0])
     needed = f"{lowest} or newer" if lowest else "a newer one"
-    return (
-        f"PyTorch {torch.__version__} (CUDA {cuda}) cannot use it: driver {_driver()} found, "
-        f"{needed} needed. Update the driver of the host"
-    )
+    found = _driver()
+    cannot = f"PyTorch {torch.__version__} (CUDA {cuda}) cannot use it"
+    if lowest and _numbers(found) >= _numbers(lowest):
+        return (
+            f"{cannot}, although driver {found} is new enough. See nvidia-smi on the host, the "
+            "rights of /dev/nvidia*, and Fabric Manager on a host with NVSwitch"
+        )
+    return f"{cannot}: driver {found} found, {needed} needed. Update the driver of the host"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _driver() -> str:

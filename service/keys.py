@@ -31,6 +31,7 @@ from service.settings import SettingsError
 logger = logging.getLogger(__name__)
 
 _FILE_VARIABLE = "REFINERY_API_KEY_FILE"
+_HEADER = b"# NAME SHA256HEX [admin], a line per key\n"
 _KEY_BYTES = 32
 # A hash only protects what cannot be guessed; `new` makes keys of 43 characters.
 _MIN_KEY_CHARACTERS = 16
@@ -63,7 +64,7 @@ class KeyRing:
         self._path = path
         self._checked = time.monotonic()
         self._signature = _signature(path)
-        self._keys = _read(path)
+        self._keys = self._read()
         self._complaint = ""
 
     def __len__(self) -> int:
@@ -98,7 +99,7 @@ class KeyRing:
             if signature == self._signature and not self._complaint:
                 return
             # The signature first: what is written while we read is then read once more.
-            self._signature, self._keys = signature, _read(self._path)
+            self._signature, self._keys = signature, self._read()
         except SettingsError as error:
             if str(error) != self._complaint:
                 logger.error("%s; the %d keys read before stay valid", error, len(self._keys))
@@ -106,6 +107,16 @@ class KeyRing:
             return
         self._complaint = ""
         logger.info("read %d API keys from %s", len(self._keys), self._path)
+
+    def _read(self) -> list[tuple[bytes, Identity]]:
+        keys = _read(self._path)
+        if not keys:
+            logger.warning(
+                "API key file %s has no keys: nobody is admitted until one is added, which takes a "
+                "second: python -m service.keys new NAME --file FILE",
+                self._path,
+            )
+        return keys
 
 
 def presented_keys(headers: Headers, *, takes_basic: bool = True) -> list[bytes]:
@@ -161,12 +172,6 @@ def _read(path: Path) -> list[tuple[bytes, Identity]]:
             f"API key file {path} is empty; add a key: python -m service.keys new NAME --file FILE "
             "(a file that has only a # comment admits nobody)"
         )
-    if not keys:
-        logger.warning(
-            "API key file %s has no keys: nobody is admitted until one is added, which takes a "
-            "second: python -m service.keys new NAME --file FILE",
-            path,
-        )
     return list(keys.items())
 
 
@@ -214,8 +219,11 @@ def _append(path: Path, line: str) -> None:
         raise SettingsError(f"API key file {path}: {error.strerror}") from None
     with os.fdopen(descriptor, "rb+") as file:
         length = file.seek(0, os.SEEK_END)
-        ends_open = length > 0 and os.pread(file.fileno(), 1, length - 1) != b"\n"
-        file.write(b"\n" * ends_open + line.encode() + b"\n")
+        # With it the file is not empty when its last key is taken away: then nobody is admitted.
+        start = _HEADER if length == 0 else b""
+        if length and os.pread(file.fileno(), 1, length - 1) != b"\n":
+            start = b"\n"
+        file.write(start + line.encode() + b"\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -230,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     new.add_argument(
         "--file",
         type=Path,
-        default=os.environ.get(_FILE_VARIABLE),
+        default=os.environ.get(_FILE_VARIABLE) or None,
         help=f"append the line to this file, mode 0600 when it is new (default: {_FILE_VARIABLE} "
         "of the environment; without either the line is printed)",
     )

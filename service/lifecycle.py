@@ -7,6 +7,7 @@ any      -> failed                   (a model cannot be loaded, or an engine die
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -193,9 +194,11 @@ class FeatureService:
     async def stop(self) -> None:
         """End the threads; what still waits in the queue is encoded first."""
         self.batcher.close()
+        # Together: the time that an operator gives the process does not count engines.
+        deadline = time.monotonic() + _STOP_SECONDS
         for engine in self.engines:
             if engine.is_alive and not self.failure:
-                engine.join(_STOP_SECONDS)
+                engine.join(max(0.0, deadline - time.monotonic()))
         self._end_watch()
         await self.cache.close(_STOP_SECONDS)
         if self._fetcher is not None:

@@ -13,6 +13,7 @@ def machine(monkeypatch, tmp_path):
     """A machine with GPUs as the test says, whatever this one has."""
 
     def pretend(*capabilities, node=True, driver="", cuda="13.2", built_for=("sm_75", "sm_90")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         (tmp_path / "nvidiactl").touch() if node else None
         monkeypatch.setattr(devices, "DEVICE_NODE", tmp_path / "nvidiactl")
         (tmp_path / "version").write_text(driver)
@@ -48,6 +49,23 @@ def test_a_gpu_that_an_old_driver_hides_is_an_error_with_both_versions(machine, 
 
     with pytest.raises(DeviceError, match=r"driver 535\.104\.05 found, 580\.65\.06 or newer"):
         find_devices(wanted)
+
+
+def test_a_driver_that_is_new_enough_is_not_blamed(machine):
+    machine(driver="NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.105.08  Oct 2025\n")
+
+    with pytest.raises(DeviceError, match=r"although driver 580\.105\.08 is new enough"):
+        find_devices("auto")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_gpus_that_are_hidden_on_purpose_are_none(machine, monkeypatch, hidden):
+    machine(driver="580.105.08")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+
+    assert find_devices("auto") == ["cpu"]
+    with pytest.raises(DeviceError, match="cuda is not here: 0 CUDA devices"):
+        find_devices("cuda")
 
 
 def test_a_build_without_cuda_on_a_machine_with_a_gpu_says_so(machine):

@@ -73,6 +73,17 @@ def test_the_service_is_given_longer_to_drain_than_it_takes():
     assert seconds(service["stop_grace_period"]) >= settings_of(service).drain_seconds + 15
 
 
+@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
+def test_what_the_service_may_hold_fits_its_memory(files):
+    services = [compose(name)["services"]["service"] for name in files]
+    environment = {k: v for service in services for k, v in service["environment"].items()}
+    settings = settings_of({"environment": environment})
+    memory = num_bytes(services[-1]["deploy"]["resources"]["limits"]["memory"])
+
+    held = settings.cache_bytes + settings.max_held_body_bytes + settings.max_feature_bytes
+    assert held <= memory / 2  # as tests/deploy/workloads.py asks of Kubernetes
+
+
 def test_redis_has_half_more_memory_than_it_fills():
     redis = SERVICES["redis"]
     command = redis["command"]
@@ -89,8 +100,8 @@ def test_every_container_is_hardened_and_bounded(name):
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["logging"]["options"]["max-size"]
-    if name != "keys":  # ends at once
-        assert service["deploy"]["resources"]["limits"]["memory"]
+    assert service["deploy"]["resources"]["limits"]["memory"]
+    assert service["pids_limit"]
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -99,10 +110,14 @@ def test_ports_are_published_to_this_machine_alone_unless_asked(name):
         assert port.startswith("127.0.0.1:"), port
 
 
-def test_redis_and_metrics_are_on_a_network_that_leads_nowhere():
+def test_redis_is_with_the_service_alone_on_a_network_that_leads_nowhere():
     assert SERVICES["redis"]["networks"] == ["back"]
     assert "ports" not in SERVICES["redis"]
     assert compose()["networks"]["back"] == {"internal": True}
+    assert {name for name in SERVICES if "back" in SERVICES[name].get("networks", [])} == {
+        "service",
+        "redis",
+    }
 
 
 @pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml"])
@@ -113,6 +128,12 @@ def test_the_trainer_s_command_is_one_that_the_trainer_takes(file):
     assert command[:3] == ["python", "-m", "trainer"]
     assert (options.images, options.output.parts[:2]) == (Path("/images"), ("/", "models"))
     assert options.resume
+
+
+def test_on_a_gpu_the_trainer_downloads_nothing():
+    command = compose("compose.gpu.yaml")["services"]["trainer"]["command"]
+
+    assert trainer_parser().parse_args(command[3:]).backbone.startswith("/models/")
 
 
 def test_on_a_gpu_one_device_is_reserved_and_required():

@@ -140,6 +140,15 @@ def test_only_what_docker_20_10_takes_is_used():
     assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
 
 
+def test_images_have_the_project_s_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    tags = re.findall(r":-vit-refinery-\w+:([^}]+)\}", (ROOT / "compose.yaml").read_text())
+
+    assert set(re.findall(r"^ARG VERSION=(.+)$", dockerfile, re.M)) == {version}
+    assert set(tags) == {version}
+
+
 def test_images_from_elsewhere_are_pinned_by_digest_and_the_same_in_both_files():
     base = re.search(r"^ARG PYTHON_IMAGE=(.+)$", (ROOT / "docker/Dockerfile").read_text(), re.M)
     images = re.findall(r"_IMAGE:-([^}]+)\}", (ROOT / "compose.yaml").read_text())

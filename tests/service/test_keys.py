@@ -228,6 +228,15 @@ def test_the_command_appends_to_the_file_of_the_service_s_environment(
     assert ring.authenticate(bearer(capsys.readouterr().out.strip())).name == "bob"
 
 
+def test_the_first_key_is_made_without_a_warning_that_there_is_none(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text("# nobody yet\n")
+
+    assert main(["new", "bob", "--file", str(path)]) == 0
+
+    assert "has no keys" not in caplog.text
+
+
 def test_the_command_makes_a_file_that_others_cannot_read(tmp_path, capsys):
     path = tmp_path / "keys"
 
@@ -240,6 +249,21 @@ def test_the_command_makes_a_file_that_others_cannot_read(tmp_path, capsys):
     assert ring.authenticate(bearer(root)) == Identity("root", is_admin=True)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert bob not in path.read_text()
+
+
+def test_a_file_of_the_command_s_admits_nobody_when_its_last_key_is_taken_away(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(keys, "_CHECK_SECONDS", 0.0)
+    path = tmp_path / "keys"
+    assert main(["new", "bob", "--file", str(path)]) == 0
+    key = capsys.readouterr().out.strip()
+    ring = KeyRing(path)
+    assert ring.authenticate(bearer(key)) is not None
+
+    path.write_text("".join(x for x in path.read_text().splitlines(True) if "bob" not in x))
+
+    assert ring.authenticate(bearer(key)) is None
 
 
 def test_the_command_appends_after_a_last_line_that_is_open(key_file, capsys):

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -105,10 +105,19 @@ def ask(url: str, body: bytes | None = None, **headers: str) -> Answer:
 
 
 class Project:
-    """A Compose project of this repository's files, with ports and volumes of its own."""
+    """A Compose project of this repository's files, with ports and volumes of its own.
+
+    Args:
+        folder: An empty one.
+        variables: In place of those that the caller, or a file .env, has for the project: they may
+            name folders that no test should write to. Only images stay as they are.
+    """
 
     def __init__(self, folder: Path, **variables: str) -> None:
-        self.name = re.sub(r"[^a-z0-9]", "", folder.name.lower())
+        # Of its own at each run: `down --volumes` must not meet what somebody else started.
+        self.name = f"vit-refinery-test-{secrets.token_hex(4)}"
+        self._no_variables = folder / "env"
+        self._no_variables.touch()
         self.port = free_port()
         self.variables = {"VIT_REFINERY_PORT": str(self.port)} | variables
         version = subprocess.run(["docker", "compose", "version"], capture_output=True)
@@ -123,15 +132,15 @@ class Project:
     def __call__(self, *arguments: str, fails: bool = False, timeout: float = 900) -> str:
         """Output of a Compose command; of one that must fail, standard error too."""
         done = subprocess.run(
-            [*self._compose, "--project-name", self.name, *arguments],
+            # With --file, so that no compose.override.yaml is read.
+            [*self._compose, "--project-name", self.name, "--env-file", str(self._no_variables),
+             "--file", "compose.yaml", *arguments],
             cwd=ROOT,
-            env=os.environ
-            | {"DOCKER_BUILDKIT": "1", "COMPOSE_DOCKER_CLI_BUILD": "1"}
-            | self.variables,
+            env=_without_settings() | {"DOCKER_BUILDKIT": "1"} | self.variables,
             capture_output=True,
             text=True,
             timeout=timeout,
-        )
+        )  # fmt: skip
         text = done.stdout + done.stderr
         assert (done.returncode == 0) != fails, f"{' '.join(arguments)}:\n{text}"
         return (text if fails else done.stdout).strip()
@@ -139,6 +148,14 @@ class Project:
     def container(self, service: str) -> str:
         """Id of the container of a service."""
         return self("ps", "--quiet", service)
+
+
+def _without_settings() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("VIT_REFINERY_") or name.endswith("_IMAGE")
+    }
 
 
 def _required(program: str) -> str:

@@ -188,9 +188,7 @@ def test_prometheus_of_the_obs_profile_scrapes_the_service_and_loads_the_rules(p
     assert not [rule for group in rules for rule in group["rules"] if rule["health"] == "err"]
 
 
-@pytest.mark.parametrize(
-    "files", [[], ["-f", "compose.yaml", "-f", "compose.gpu.yaml"]], ids=["alone", "overridden"]
-)
+@pytest.mark.parametrize("files", [[], ["--file", "compose.gpu.yaml"]], ids=["alone", "overridden"])
 def test_the_files_are_valid_with_every_profile(project, files):
     rendered = project(*files, "--profile", "obs", "--profile", "train", "config")
 
@@ -202,8 +200,8 @@ def test_the_files_are_valid_with_every_profile(project, files):
 def test_a_gpu_that_is_not_there_is_an_error_of_the_engine_and_no_slow_service(project, tmp_path):
     if "nvidia" in docker("info", "--format", "{{json .Runtimes}}"):
         pytest.skip("this host has NVIDIA's runtime")
-    gpu = ("-f", "compose.yaml", "-f", "compose.gpu.yaml")
-    other = Project(tmp_path / "withoutgpu", **project.variables)
+    gpu = ("--file", "compose.gpu.yaml")
+    other = Project(tmp_path, **project.variables)
     other.variables["VIT_REFINERY_PORT"] = str(free_port())
     try:
         text = other(*gpu, "up", "--detach", "service", fails=True)

@@ -120,13 +120,20 @@ def test_a_device_that_is_not_there_stops_it_and_says_what_to_do(service_image):
     assert "--gpus" in output
 
 
-def test_it_is_healthy_only_when_it_takes_requests(service_image):
-    # A key file that is there, so that it starts, and a model that is not.
-    options = (*HARDENED, "--env", "REFINERY_INSECURE=true")
-    ready = run(service_image, "bash", "-c", "ready || echo status $?", options=options)
+def test_the_health_check_fails_while_nobody_listens_and_while_requests_are_refused(service_image):
+    code = (
+        "import http.server as h\n"
+        "class Draining(h.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_error(503 if self.path == '/readyz' else 200)\n"
+        "h.HTTPServer(('127.0.0.1', 8000), Draining).serve_forever()"
+    )
+    script = f'ready || echo status $?; python -c "{code}" & sleep 2; ready || echo status $?'
 
-    assert "does not answer" in ready
-    assert "status 1" in ready
+    lines = run(service_image, "bash", "-c", script)
+
+    assert "does not answer" in lines
+    assert "/readyz says 503" in lines
+    assert lines.count("status 1") == 2
     assert inspect(service_image)["Config"]["Healthcheck"]["Test"] == ["CMD", "ready"]
 
 
