@@ -30,7 +30,7 @@ OLDEST_TRITON := build/triton-3.6.0
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # docker-compose is version 1, which builds without BuildKit unless told. Files that are named replace those that Compose
 # would find by itself, so that the override has to be named too.
-COMPOSE = DOCKER_BUILDKIT=1 $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
+COMPOSE = DOCKER_BUILDKIT=1 VIT_REFINERY_REVISION=$$(git rev-parse HEAD) $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose) \
 	--file compose.yaml $(if $(GPU),--file compose.gpu.yaml) $(addprefix --file ,$(wildcard compose.override.yaml)) \
 	$(if $(OBS),--profile obs)
 DOCKER_BUILD = DOCKER_BUILDKIT=1 docker build \
@@ -70,8 +70,8 @@ test-deploy: $(INSTALLED)
 up:
 	$(COMPOSE) up --build --detach
 	@echo
-	@echo "A key, shown once:  $(COMPOSE) run --rm keys new NAME"
-	@echo "Then:               curl -H 'Authorization: Bearer KEY' http://127.0.0.1:8000/info"
+	@echo "A key, shown once:  docker compose run --rm keys new NAME"
+	@echo "Then:               curl -H 'Authorization: Bearer KEY' http://$$($(COMPOSE) port service 8000)/info"
 
 # With every profile: version 2 leaves containers of the others running, and then cannot remove their network.
 down:
@@ -79,7 +79,8 @@ down:
 
 images:
 	for target in service trainer; do \
-		$(DOCKER_BUILD) --file docker/Dockerfile --target $$target --tag vit-refinery-$$target:$(VERSION) . || exit 1; \
+		$(DOCKER_BUILD) --file docker/Dockerfile --target $$target --tag vit-refinery-$$target:$(VERSION) \
+			--tag vit-refinery-$$target:$$(git rev-parse --short HEAD) . || exit 1; \
 	done
 
 model-image:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from service import logs
 from service.command_line import parse_arguments
+from service.folders import check_folders
 from service.settings import Settings, SettingsError
 
 logger = logging.getLogger("service")
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     settings = invocation.settings
     logs.configure(settings.log_level, settings.log_format)
+    try:
+        check_folders(os.environ, must_execute=settings.device.startswith("cuda"))
+    except SettingsError as error:
+        return _refuse(error, settings)
     return _serve(settings)
 
 

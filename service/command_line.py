@@ -78,6 +78,8 @@ def _explain(item: Any, flags: Mapping[str, Any]) -> str:
     if not item["loc"]:
         return message
     name = str(item["loc"][0])
+    if item["type"] == "string_pattern_mismatch":  # the pattern says nothing to people
+        message = f"give {Settings.model_fields[name].description}"
     where = "--" + name.replace("_", "-") if name in flags else ENV_PREFIX + name.upper()
     given = item["input"]
     shown = without_password(given) if isinstance(given, str) else given

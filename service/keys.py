@@ -2,11 +2,13 @@
 
     python -m service.keys new alice --file keys.txt        # prints the key once
     python -m service.keys new operator --admin --file keys.txt
+    python -m service.keys list --file keys.txt
+    python -m service.keys revoke alice --file keys.txt
     python -m service.keys hash < key.txt                   # the hash of a key made elsewhere
 
-One key a line, `NAME SHA256HEX [admin]`; empty lines and `# comments` are allowed, and a file of
-comments alone admits nobody. Only hashes are kept, so who reads the file cannot ask for features
-with it.
+One key a line, `NAME SHA256HEX [admin]`; empty lines and `# comments` are allowed, and a file
+without keys admits nobody. Only hashes are kept, so who reads the file cannot ask for features with
+it.
 """
 
 import argparse
@@ -31,7 +33,6 @@ from service.settings import SettingsError
 logger = logging.getLogger(__name__)
 
 _FILE_VARIABLE = "REFINERY_API_KEY_FILE"
-_HEADER = b"# NAME SHA256HEX [admin], a line per key\n"
 _KEY_BYTES = 32
 # A hash only protects what cannot be guessed; `new` makes keys of 43 characters.
 _MIN_KEY_CHARACTERS = 16
@@ -166,12 +167,6 @@ def _read(path: Path) -> list[tuple[bytes, Identity]]:
             )
         keys[bytes.fromhex(words[1])] = Identity(words[0], len(words) == 3)
         names.add(words[0])
-    if not text:
-        # Also what a file looks like while it is being written, which must not shut everybody out.
-        raise SettingsError(
-            f"API key file {path} is empty; add a key: python -m service.keys new NAME --file FILE "
-            "(a file that has only a # comment admits nobody)"
-        )
     return list(keys.items())
 
 
@@ -219,38 +214,74 @@ def _append(path: Path, line: str) -> None:
         raise SettingsError(f"API key file {path}: {error.strerror}") from None
     with os.fdopen(descriptor, "rb+") as file:
         length = file.seek(0, os.SEEK_END)
-        # With it the file is not empty when its last key is taken away: then nobody is admitted.
-        start = _HEADER if length == 0 else b""
-        if length and os.pread(file.fileno(), 1, length - 1) != b"\n":
-            start = b"\n"
-        file.write(start + line.encode() + b"\n")
+        ends_open = length > 0 and os.pread(file.fileno(), 1, length - 1) != b"\n"
+        file.write(b"\n" * ends_open + line.encode() + b"\n")
+
+
+def _remove(path: Path, name: str) -> None:
+    """
+    Raises:
+        SettingsError: the file has no such key, is wrong as it is, or cannot be written.
+    """
+    if name not in {identity.name for _, identity in _read(path)}:
+        raise SettingsError(
+            f"API key file {path} has no key called {name!r}; python -m service.keys list"
+        )
+    kept = [
+        line
+        for line in path.read_text("utf-8", "replace").splitlines(keepends=True)
+        if line.partition("#")[0].split()[:1] != [name]
+    ]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Renamed, so that a service never reads half of it.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.writelines(kept)
+        temporary.chmod(path.stat().st_mode & 0o777)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SettingsError(f"API key file {path}: {error.strerror}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make or hash a key; the exit status is 2 where that is not possible."""
+    """Make, revoke, list or hash keys; the exit status is 2 where that is not possible."""
     parser = argparse.ArgumentParser(
-        prog="python -m service.keys", description="Make API keys for --api-key-file."
+        prog="python -m service.keys", description="Make and revoke API keys of --api-key-file."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a key and print it once")
     new.add_argument("name", help="whose key it is; log lines carry it")
     new.add_argument("--admin", action="store_true", help="allow /admin too")
-    new.add_argument(
-        "--file",
-        type=Path,
-        default=os.environ.get(_FILE_VARIABLE) or None,
-        help=f"append the line to this file, mode 0600 when it is new (default: {_FILE_VARIABLE} "
-        "of the environment; without either the line is printed)",
-    )
+    revoke = commands.add_parser("revoke", help="take a key away; a running service follows")
+    revoke.add_argument("name", help="whose key it is")
+    listing = commands.add_parser("list", help="print whose keys there are")
+    for command, what in ((new, "append the line to"), (revoke, "change"), (listing, "read")):
+        command.add_argument(
+            "--file",
+            type=Path,
+            default=os.environ.get(_FILE_VARIABLE) or None,
+            required=command is not new and not os.environ.get(_FILE_VARIABLE),
+            help=f"{what} this file (default: {_FILE_VARIABLE} of the environment"
+            + ("; without either the line is printed)" if command is new else ")"),
+        )
     commands.add_parser("hash", help="read a key from standard input and print its hash")
     options = parser.parse_args(arguments)
     try:
         if options.command == "hash":
             return _print_hash(sys.stdin.readline().strip())
-        return _print_new(options.name, options.file, is_admin=options.admin)
+        if options.command == "new":
+            return _print_new(options.name, options.file, is_admin=options.admin)
+        if options.command == "revoke":
+            _remove(options.file, options.name)
+            sys.stderr.write(f"took {options.name} out of {options.file}\n")
+        else:
+            for _, identity in _read(options.file):
+                sys.stdout.write(identity.name + " admin" * identity.is_admin + "\n")
     except SettingsError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    return 0
 
 
 def _print_hash(key: str) -> int:

@@ -131,14 +131,14 @@ def test_a_link_that_leads_to_another_file_counts_as_a_change(tmp_path, monkeypa
     assert ring.authenticate(bearer(ALICE)) == Identity("carol", is_admin=False)
 
 
-@pytest.mark.parametrize("change", ["removed", "emptied", "damaged"])
+@pytest.mark.parametrize("change", ["removed", "damaged"])
 def test_keys_stay_valid_while_the_file_cannot_be_used_and_the_log_says_so_once(
     ring, key_file, change, caplog
 ):
     if change == "removed":
         key_file.unlink()
     else:
-        key_file.write_text("" if change == "emptied" else LINES + "half a li")
+        key_file.write_text(LINES + "half a li")
 
     for _ in range(3):
         assert ring.authenticate(bearer(ALICE)) == Identity("alice", is_admin=False)
@@ -182,21 +182,20 @@ def test_a_line_that_is_no_key_is_refused_by_its_number_and_not_shown(key_file, 
     assert "secret-in-clear" not in str(caught.value)
 
 
-def test_an_empty_file_or_no_file_is_refused(tmp_path):
-    (tmp_path / "empty").touch()
-
-    with pytest.raises(SettingsError, match="is empty"):
-        KeyRing(tmp_path / "empty")
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="No such file"):
         KeyRing(tmp_path / "none")
     with pytest.raises(SettingsError, match="Is a directory"):
         KeyRing(tmp_path)
 
 
-def test_a_file_of_comments_admits_nobody_until_a_key_is_added(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("nobody", ["", "# nobody yet\n"])
+def test_a_file_without_keys_admits_nobody_until_one_is_added(
+    tmp_path, caplog, monkeypatch, nobody
+):
     monkeypatch.setattr(keys, "_CHECK_SECONDS", 0.0)
     path = tmp_path / "keys"
-    path.write_text("# nobody yet\n")
+    path.write_text(nobody)
     ring = KeyRing(path)
 
     assert "has no keys" in caplog.text
@@ -204,7 +203,7 @@ def test_a_file_of_comments_admits_nobody_until_a_key_is_added(tmp_path, caplog,
 
     path.write_text("# somebody\n" + key_line("alice", ALICE, is_admin=False))
     assert ring.authenticate(bearer(ALICE)) == Identity("alice", is_admin=False)
-    path.write_text("# all revoked\n")
+    path.write_text(nobody)
     assert ring.authenticate(bearer(ALICE)) is None
 
 
@@ -251,19 +250,41 @@ def test_the_command_makes_a_file_that_others_cannot_read(tmp_path, capsys):
     assert bob not in path.read_text()
 
 
-def test_a_file_of_the_command_s_admits_nobody_when_its_last_key_is_taken_away(
-    tmp_path, capsys, monkeypatch
-):
+def test_the_command_revokes_one_key_and_a_running_service_follows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(keys, "_CHECK_SECONDS", 0.0)
-    path = tmp_path / "keys"
-    assert main(["new", "bob", "--file", str(path)]) == 0
-    key = capsys.readouterr().out.strip()
-    ring = KeyRing(path)
-    assert ring.authenticate(bearer(key)) is not None
+    monkeypatch.setenv("REFINERY_API_KEY_FILE", str(tmp_path / "keys"))
+    made = {}
+    for name in ("a.b", "axb"):  # a point is a point
+        assert main(["new", name]) == 0
+        made[name] = capsys.readouterr().out.strip()
+    ring = KeyRing(tmp_path / "keys")
 
-    path.write_text("".join(x for x in path.read_text().splitlines(True) if "bob" not in x))
+    assert main(["revoke", "a.b"]) == 0
 
-    assert ring.authenticate(bearer(key)) is None
+    assert ring.authenticate(bearer(made["a.b"])) is None
+    assert ring.authenticate(bearer(made["axb"])) == Identity("axb", is_admin=False)
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
+    assert main(["revoke", "axb"]) == 0
+    assert ring.authenticate(bearer(made["axb"])) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["keys"]
+
+
+def test_revoking_a_key_that_is_not_there_is_an_error(key_file, capsys):
+    before = key_file.read_text()
+
+    assert main(["revoke", "nobody", "--file", str(key_file)]) == 2
+
+    assert "no key called 'nobody'" in capsys.readouterr().err
+    assert key_file.read_text() == before
+
+
+def test_the_command_lists_names_and_rights_but_no_hash(key_file, capsys):
+    assert main(["list", "--file", str(key_file)]) == 0
+
+    shown = capsys.readouterr().out
+    assert "alice" in shown.splitlines()
+    assert any(line.endswith(" admin") for line in shown.splitlines())
+    assert not re.search(r"[0-9a-f]{16}", shown)
 
 
 def test_the_command_appends_after_a_last_line_that_is_open(key_file, capsys):
