@@ -1,8 +1,8 @@
 """The rendered overlays of k8s/, and how tests find their way in them."""
 
 import functools
+import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,14 @@ from tests.deploy.tools import program
 from tests.support import ROOT
 
 K8S = ROOT / "k8s"
-NAMESPACE = "vit-refinery"
-OVERLAYS = ("cpu", "h100", "train-job", "train-torchrun", "train-jobset")
-# Applied before the overlay, which refers to what is in there.
-NEEDS_VOLUMES = ("h100", "train-job", "train-torchrun", "train-jobset")
-# As h100, with the model from an image: what an operator gets who changes two lines.
-MODEL_IMAGE = "model-image"
-EVERY = (*OVERLAYS, MODEL_IMAGE)
+OVERLAYS = ("cpu", "h100", "loader", "train-job", "train-torchrun", "train-jobset")
+SITE = tuple(f"example-site/{name}" for name in ("service", "loader", "train"))
+# That of the site, with every line of it that is a comment for whoever needs it.
+OPTIONS = "example-site/service with options"
+# Components that a reader of k8s/README.md adds to h100.
+REDIS_PASSWORD, MODEL_IMAGE = "h100 with redis-password", "h100 with model-image"
+ADDED = (REDIS_PASSWORD, MODEL_IMAGE)
+EVERY = (*OVERLAYS, *SITE, OPTIONS, *ADDED)
 
 Document = dict[str, Any]
 
@@ -52,25 +53,43 @@ def kustomize(folder: Path) -> str:
     return run.stdout
 
 
+def outside(text: str, *, beside: str = "overlays/h100") -> str:
+    """What a kustomization.yaml makes elsewhere, whose paths are as in a folder of k8s/."""
+    with tempfile.TemporaryDirectory() as scratch:
+        # kustomize takes no absolute path, and follows links.
+        folder = Path(scratch).resolve()
+        for path in set(re.findall(r"(?m)^ *- (\.\./\S+)$", text)):
+            moved = os.path.relpath((K8S / beside / path).resolve(), folder)
+            text = re.sub(rf"(?m)^( *- ){re.escape(path)}$", rf"\g<1>{moved}", text)
+        (folder / "kustomization.yaml").write_text(text)
+        return kustomize(folder)
+
+
+def added(overlay: str, *components: str) -> str:
+    """An overlay with components that somebody adds in a kustomization.yaml of his own."""
+    listed = {
+        "resources": [f"../../overlays/{overlay}"],
+        "components": [f"../../components/{name}" for name in components],
+    }
+    return outside(yaml.safe_dump(listed))
+
+
+def with_options(text: str) -> str:
+    """A kustomization.yaml with the entries that stand in it as comments."""
+    return re.sub(r"(?m)^  # (?=- |  )", "  ", text)
+
+
 @functools.cache
 def rendered(name: str) -> str:
-    """An overlay, or `volumes`, as it is applied."""
-    if name == "volumes":
-        return kustomize(K8S / "volumes")
-    if name != MODEL_IMAGE:
-        return kustomize(K8S / "overlays" / name)
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = shutil.copytree(K8S, Path(scratch) / "k8s")
-        overlay = copy / "overlays" / "h100" / "kustomization.yaml"
-        text = overlay.read_text()
-        for old, new in (
-            ("components/model-pvc", "components/model-image"),
-            ("REFINERY_MODEL=/models/runs/first/refined", "REFINERY_MODEL=/models/refined"),
-        ):
-            assert old in text
-            text = text.replace(old, new)
-        overlay.write_text(text)
-        return kustomize(overlay.parent)
+    """An overlay, or another folder of k8s/, as it is applied."""
+    if name == OPTIONS:
+        folder = SITE[0]
+        text = (K8S / folder / "kustomization.yaml").read_text()
+        return outside(with_options(text), beside=folder)
+    overlay, _, component = name.partition(" with ")
+    if component:
+        return added(overlay, component)
+    return kustomize(K8S / "overlays" / name if name in OVERLAYS else K8S / name)
 
 
 def parse(text: str) -> list[Document]:
@@ -84,8 +103,14 @@ def own_documents(name: str) -> list[Document]:
 
 def documents(name: str) -> list[Document]:
     """An overlay with what is applied before it: a fresh copy, for the caller to change."""
-    needed = parse(rendered("volumes")) if name in (*NEEDS_VOLUMES, MODEL_IMAGE) else []
-    return [*needed, *own_documents(name)]
+    return [*own_documents(needed(name)), *own_documents(name)]
+
+
+def needed(name: str) -> str:
+    """What is applied before an overlay, which refers to what is in there."""
+    if name.startswith("example-site"):
+        return "example-site/volumes"
+    return "namespace" if name == "cpu" else "volumes"
 
 
 def of_kind(items: Sequence[Document], *kinds: str) -> list[Document]:
@@ -121,6 +146,8 @@ def pods(items: Sequence[Document]) -> Iterator[Pod]:
         spec = item.get("spec") or {}
         if item["kind"] == "JobSet":
             templates = [job["template"]["spec"]["template"] for job in spec["replicatedJobs"]]
+        elif item["kind"] == "Pod":
+            templates = [item]
         else:
             templates = [spec["template"]] if "template" in spec else []
         for template in templates:

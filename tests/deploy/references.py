@@ -4,13 +4,19 @@ Each returns sentences about what is wrong, and nothing where all is well.
 """
 
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
 
-from tests.deploy.manifests import NAMESPACE, Document, Pod, of_kind, pods
+from tests.deploy.manifests import Document, Pod, of_kind, pods
+from tests.support import ROOT
 
 # Made by the operator; everything else that is referred to must be rendered.
-OPERATORS_SECRETS = {"api-keys"}
-_PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
+OPERATORS_SECRETS = {"api-keys", "redis-password", "registry", "vit-refinery-tls"}
+_VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+# By digest, or what `make images` makes of this version, which a site renames and pins.
+_PINNED = re.compile(
+    rf"[^@\s]+@sha256:[0-9a-f]{{64}}|vit-refinery-(service|trainer):{re.escape(_VERSION)}"
+)
 
 
 def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
@@ -18,14 +24,20 @@ def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
 
 
 def wrong_namespaces(items: Sequence[Document]) -> Iterator[str]:
+    """All is in one namespace, which is there, and the autoscaler asks for that one."""
+    names = [_name(item) for item in of_kind(items, "Namespace")]
+    if len(names) != 1:
+        yield f"there are {len(names)} namespaces"
+        return
     for item in items:
-        metadata = item["metadata"]
-        name = f"{item['kind']}/{metadata['name']}"
-        if item["kind"] == "Namespace":
-            if metadata["name"] != NAMESPACE:
-                yield f"{name} is not {NAMESPACE}"
-        elif metadata.get("namespace") != NAMESPACE:
-            yield f"{name} lands in namespace {metadata.get('namespace')}"
+        namespace = item["metadata"].get("namespace")
+        if item["kind"] != "Namespace" and namespace != names[0]:
+            yield f"{item['kind']}/{_name(item)} lands in namespace {namespace}"
+    for item in of_kind(items, "ScaledObject"):
+        for trigger in item["spec"]["triggers"]:
+            asked = set(re.findall(r'namespace\s*=~?\s*"([^"]*)"', trigger["metadata"]["query"]))
+            if asked != {names[0]}:
+                yield f"ScaledObject/{_name(item)} asks for namespaces {sorted(asked)}"
 
 
 def duplicates(items: Sequence[Document]) -> Iterator[str]:
@@ -163,6 +175,38 @@ def wrong_policies(items: Sequence[Document]) -> Iterator[str]:
                     yield from _policy_ports(name, _selected(every, peer["podSelector"]), rule)
 
 
+def wrong_routes(items: Sequence[Document]) -> Iterator[str]:
+    """What leads in from outside leads to a Service, and ends TLS."""
+    ports = {
+        (_name(service), port[key])
+        for service in of_kind(items, "Service")
+        for port in service["spec"]["ports"]
+        for key in ("name", "port")
+    }
+    for route in of_kind(items, "Ingress", "HTTPRoute"):
+        name, spec = f"{route['kind']}/{_name(route)}", route["spec"]
+        if route["kind"] == "HTTPRoute":
+            services = [one for rule in spec["rules"] for one in rule["backendRefs"]]
+            backends = [(one["name"], one["port"]) for one in services]
+            if not all(parent.get("sectionName") for parent in spec["parentRefs"]):
+                yield f"{name} may be on a listener without TLS"
+        else:
+            paths = [path for rule in spec["rules"] for path in rule["http"]["paths"]]
+            services = [path["backend"]["service"] for path in paths]
+            backends = [(one["name"], next(iter(one["port"].values()))) for one in services]
+            hosts = {host for entry in spec.get("tls", []) for host in entry["hosts"]}
+            if {rule["host"] for rule in spec["rules"]} != hosts:
+                yield f"{name} has a host without TLS"
+            for entry in spec.get("tls", []):
+                if entry["secretName"] not in OPERATORS_SECRETS:
+                    yield f"{name}: there is no Secret {entry['secretName']}"
+        for backend in backends:
+            if backend not in ports:
+                yield f"{name} leads to {backend}, which is not there"
+            elif backend[1] in ("metrics", 9090):
+                yield f"{name} shows metrics"
+
+
 CHECKS = (
     wrong_namespaces,
     duplicates,
@@ -172,6 +216,7 @@ CHECKS = (
     wrong_selectors,
     wrong_ports,
     wrong_policies,
+    wrong_routes,
 )
 
 
@@ -196,6 +241,8 @@ def _is_read_only(pod: Pod, name: str) -> bool:
 def _references(pod: Pod) -> Iterator[tuple[str, str]]:
     if "serviceAccountName" in pod.spec:
         yield "ServiceAccount", pod.spec["serviceAccountName"]
+    for secret in pod.spec.get("imagePullSecrets", []):
+        yield "Secret", secret["name"]
     for volume in _volumes(pod):
         if "configMap" in volume:
             yield "ConfigMap", volume["configMap"]["name"]

@@ -1,7 +1,8 @@
 """What we use of the custom resources, as JSON Schema: a field that is not here is a mistake.
 
-Written by hand from the documentation of KEDA, the Prometheus operator and JobSet. Their own
-schemas allow more; a manifest that uses more adds it here, after a look at what they allow.
+Written by hand from the documentation of KEDA, the Prometheus operator, JobSet and Gateway API.
+Their own schemas allow more; a manifest that uses more adds it here, after a look at what they
+allow.
 """
 
 from collections.abc import Iterator
@@ -219,9 +220,31 @@ JOB_SET = _resource(
     ),
 )
 
+HTTP_ROUTE = _resource(
+    "gateway.networking.k8s.io/v1",
+    "HTTPRoute",
+    _object(
+        {
+            "parentRefs": _list(
+                _object({"name": _TEXT, "sectionName": _TEXT}, {"namespace": _TEXT})
+            ),
+            "hostnames": _list(_TEXT),
+            "rules": _list(
+                _object(
+                    {
+                        "backendRefs": _list(_object({"name": _TEXT, "port": _COUNT})),
+                        # Durations of Gateway API (GEP-2257) are a subset of those above.
+                        "timeouts": _object({"request": _DURATION}),
+                    }
+                )
+            ),
+        }
+    ),
+)
+
 CUSTOM = {
     schema["properties"]["kind"]["const"]: schema
-    for schema in (SCALED_OBJECT, SERVICE_MONITOR, PROMETHEUS_RULE, JOB_SET)
+    for schema in (SCALED_OBJECT, SERVICE_MONITOR, PROMETHEUS_RULE, JOB_SET, HTTP_ROUTE)
 }
 
 

@@ -10,14 +10,16 @@ import yaml
 from tests.deploy.manifests import (
     EVERY,
     K8S,
-    MODEL_IMAGE,
+    OPTIONS,
     OVERLAYS,
+    SITE,
     documents,
     find,
     of_kind,
     own_documents,
     plain_jobs,
     put,
+    with_options,
 )
 from tests.deploy.schemas import CUSTOM, violations
 from tests.deploy.tools import tool
@@ -27,7 +29,11 @@ VERSIONS = ("1.31.0", "1.33.0", "1.35.0", "1.37.0")
 # Checks of checkov that are not ours:
 SKIPPED_CHECKS = (
     "CKV_K8S_11",  # limits of CPU: they stall threads that decode, and Redis' only one
+    "CKV_K8S_15",  # asking the registry at each start: a laptop's cluster has no registry
+    "CKV_K8S_43",  # digests: `unpinned_images` knows which images are a site's to pin
 )
+# Those that ask for probes of a pod that does nothing.
+NO_PROBES = re.compile(r"CKV_K8S_[89] Pod\.[\w-]+\.loader")
 _UNKNOWN = re.compile(r"Couldn't find schema for kind (\S+) ")
 
 
@@ -57,7 +63,7 @@ def refusals(version, *files):
 def files(tmp_path_factory):
     """Each overlay with what it needs, and the Jobs of JobSets, in a file."""
     folder = tmp_path_factory.mktemp("rendered")
-    items = {name: documents(name) for name in EVERY}
+    items = {name.replace("/", "-"): documents(name) for name in EVERY}
     return {name: written(folder, name, [*d, *plain_jobs(d)]) for name, d in items.items()}
 
 
@@ -66,6 +72,7 @@ def test_an_overlay_renders(overlay):
     names = {f"{item['kind']}/{item['metadata']['name']}" for item in own_documents(overlay)}
 
     workload = {
+        "loader": "Pod/loader",
         "train-job": "Job/trainer",
         "train-torchrun": "Job/trainer-node",
         "train-jobset": "JobSet/trainer-nodes",
@@ -78,31 +85,28 @@ def test_every_overlay_and_every_component_is_looked_at():
     components = {
         str(path.parent.relative_to(K8S)) for path in K8S.glob("components/**/kustomization.yaml")
     }
-    used, folders = set(), [K8S / "overlays" / name for name in OVERLAYS]
+    folders = [K8S / name for name in SITE] + [K8S / "overlays" / name for name in OVERLAYS]
+    used = set()
     while folders:
         folder = folders.pop()
-        text = yaml.safe_load((folder / "kustomization.yaml").read_text())
-        found = [(folder / name).resolve() for name in text.get("components", [])]
+        text = with_options((folder / "kustomization.yaml").read_text())
+        found = [(folder / name).resolve() for name in yaml.safe_load(text).get("components", [])]
         used |= {str(path.relative_to(K8S)) for path in found}
         folders += found
 
-    assert components - used == {f"components/{MODEL_IMAGE}"}
+    assert components <= used
 
 
 def test_the_readme_names_what_there_is():
     readme = (K8S / "README.md").read_text()
 
     assert all(f"`{name}`" in readme for name in OVERLAYS)
-    for folder in re.findall(r"apply -k (k8s/\S+)", readme):
+    components = [path.name for path in (K8S / "components").iterdir() if path.name != "gpu"]
+    assert [name for name in components if f"`{name}`" not in readme] == []
+    folders = re.findall(r"(?:apply|delete) -k (k8s/\S+)", readme)
+    assert len(folders) > len(OVERLAYS)
+    for folder in folders:
         assert (K8S.parent / folder / "kustomization.yaml").is_file()
-
-
-def test_what_must_be_set_is_marked():
-    placeholders = re.compile(r"registry\.example|sha256:0{64}|shared-files|kube-prometheus-stack$")
-    files = [path for path in K8S.rglob("*.yaml") if placeholders.search(path.read_text())]
-
-    assert len(files) >= len(OVERLAYS)
-    assert [path for path in files if "SET TH" not in path.read_text()] == []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -146,7 +150,7 @@ def test_custom_resources_keep_to_their_schemas(overlay):
 
 
 def test_every_schema_of_a_custom_resource_is_used():
-    kinds = {item["kind"] for overlay in OVERLAYS for item in documents(overlay)}
+    kinds = {item["kind"] for overlay in (*OVERLAYS, OPTIONS) for item in documents(overlay)}
 
     assert CUSTOM.keys() <= kinds
 
@@ -169,6 +173,8 @@ TRIGGER = "spec triggers 0 metadata"
         ("h100", "PrometheusRule/vit-refinery", "spec groups 0 rules 0 expr", None, "oneOf"),
         ("h100", "PrometheusRule/vit-refinery", "spec groups 0 rules 0 alert", "A", "oneOf"),
         ("h100", "PrometheusRule/vit-refinery", "spec group", [], "group"),
+        (OPTIONS, "HTTPRoute/service", "spec rules 0 timeouts request", "75", "75"),
+        (OPTIONS, "HTTPRoute/service", "spec parentRefs 0 sectionName", None, "sectionName"),
         ("train-jobset", "JobSet/trainer-nodes", "apiVersion", "jobset.x-k8s.io/v1", "v1"),
         ("train-jobset", "JobSet/trainer-nodes", "spec failurePolicy maxRestart", 3, "maxRestart"),
         (
@@ -203,7 +209,9 @@ def checkov(*files):
 
 
 def test_checkov_finds_nothing(files):
-    assert checkov(*files.values()) == []
+    found = checkov(*files.values())
+
+    assert [finding for finding in found if not NO_PROBES.fullmatch(finding)] == []
 
 
 def test_checkov_finds_what_is_wrong(tmp_path):

@@ -56,6 +56,14 @@ def test_a_pod_that_is_not_restricted_is_found(mistake):
     assert sentence in "\n".join(findings(items))
 
 
+def test_a_pod_without_an_owner_is_looked_at():
+    items = documents("loader")
+
+    put(items, "Pod/loader", "spec securityContext runAsNonRoot", False)
+
+    assert findings(items) == ["Pod/loader: may run as root"]
+
+
 def test_pods_of_a_jobset_are_looked_at():
     items = documents("train-jobset")
 

@@ -5,11 +5,17 @@ import pytest
 from tests.deploy.manifests import (
     EVERY,
     MODEL_IMAGE,
-    NEEDS_VOLUMES,
+    OPTIONS,
+    OVERLAYS,
+    REDIS_PASSWORD,
+    SITE,
+    added,
     documents,
     find,
     of_kind,
     own_documents,
+    parse,
+    pods,
     put,
 )
 from tests.deploy.references import findings
@@ -23,13 +29,38 @@ ELSEWHERE = {"matchLabels": {"app.kubernetes.io/component": "elsewhere"}}
 MISTAKES = {
     "namespace": ("cpu", SERVICE, "metadata namespace", "default", "lands in namespace default"),
     "no namespace": ("train-job", "Job/trainer", "metadata namespace", None, "namespace None"),
-    "other namespace": ("cpu", "Namespace/vit-refinery", "metadata name", "x", "x is not vit"),
+    "other namespace": ("cpu", "Namespace/vit-refinery", "metadata name", "x",
+                        "Service/vit-refinery lands in namespace vit-refinery"),
+    "asked namespace": ("h100", "ScaledObject/service", "spec triggers 0 metadata query",
+                        'up{namespace="x"}', "asks for namespaces ['x']"),
+    "any namespace": ("h100", "ScaledObject/service", "spec triggers 0 metadata query",
+                      "up", "asks for namespaces []"),
+    "route's Service": (OPTIONS, "Ingress/service",
+                        "spec rules 0 http paths 0 backend service name", "web",
+                        "leads to ('web', 'http'), which is not there"),
+    "route's port": (OPTIONS, "HTTPRoute/service", "spec rules 0 backendRefs 0 port", 8000,
+                     "leads to ('vit-refinery', 8000), which is not there"),
+    "route to metrics": (OPTIONS, "HTTPRoute/service", "spec rules 0 backendRefs 0 port", 9090,
+                         "shows metrics"),
+    "host without TLS": (OPTIONS, "Ingress/service", "spec rules 0 host", "x.example",
+                         "a host without TLS"),
+    "certificate": (OPTIONS, "Ingress/service", "spec tls 0 secretName", "x", "no Secret x"),
+    "listener": (OPTIONS, "HTTPRoute/service", "spec parentRefs 0 sectionName", None,
+                 "without TLS"),
+    "who pulls": (SITE[0], "Deployment/redis", f"{POD} imagePullSecrets 0 name", "x",
+                  "no Secret x"),
+    "password": (REDIS_PASSWORD, "Deployment/redis", f"{POD} volumes 0 secret secretName", "x",
+                 "no Secret x"),
+    "other version": ("cpu", SERVICE, f"{CONTAINER} image", "vit-refinery-service:0.0.1",
+                      "0.0.1 has no digest"),
+    "claim of the loader": ("loader", "PersistentVolumeClaim/training-images", "metadata name",
+                            "x", "Pod/loader: there is no PersistentVolumeClaim"),
     "same name": ("cpu", "Service/redis", "metadata name", "vit-refinery", "is there twice"),
     "tag": ("cpu", SERVICE, f"{CONTAINER} image", "r.example/a:1", "a:1 has no digest"),
     "short digest": ("cpu", SERVICE, f"{CONTAINER} image", "a@sha256:00", "has no digest"),
     "tag in a jobset": ("train-jobset", "JobSet/trainer-nodes", f"{JOBSET_POD} containers 0 image",
                         "trainer", "image trainer has no digest"),
-    "tag of a model": (MODEL_IMAGE, SERVICE, f"{POD} volumes 1 image reference", "model:1",
+    "tag of a model": (MODEL_IMAGE, SERVICE, f"{POD} volumes 0 image reference", "model:1",
                        "model:1 has no digest"),
     "no volume": ("cpu", SERVICE, f"{POD} volumes 0", None, "mount /tmp of no volume tmp"),
     "no mount": ("cpu", SERVICE, f"{CONTAINER} volumeMounts 1", None, "cache is not mounted"),
@@ -85,16 +116,40 @@ def test_a_wrong_reference_is_found(mistake):
     assert sentence in "\n".join(findings(items))
 
 
-@pytest.mark.parametrize("overlay", NEEDS_VOLUMES)
+@pytest.mark.parametrize("overlay", EVERY)
 def test_deleting_an_overlay_takes_neither_namespace_nor_volumes(overlay):
     assert not of_kind(own_documents(overlay), "Namespace", "PersistentVolumeClaim")
 
 
-def test_the_overlay_for_laptops_needs_nothing_else():
-    items = own_documents("cpu")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_as_committed_all_is_in_one_namespace(overlay):
+    assert find(documents(overlay), "Namespace/vit-refinery")
 
-    assert find(items, "Namespace/vit-refinery")
+
+def test_the_overlay_for_laptops_needs_no_volume_and_no_custom_resource():
+    items = documents("cpu")
+
     assert not of_kind(items, "PersistentVolumeClaim", "ScaledObject", "ServiceMonitor")
+
+
+@pytest.mark.parametrize(
+    ("components", "kind", "model"),
+    [
+        (["model-image"], "image", "refined=/models"),
+        (["model-image", "model-pvc"], "persistentVolumeClaim", "refined=/models"),
+    ],
+)
+def test_of_volume_and_image_of_a_model_the_last_one_counts(components, kind, model):
+    items = [*own_documents("volumes"), *parse(added("h100", *components))]
+    (pod,) = (pod for pod in pods(items) if pod.name == SERVICE)
+
+    mounts = [mount["mountPath"] for mount in pod.containers[0]["volumeMounts"]]
+    (volume,) = (one for one in pod.spec["volumes"] if one["name"] == "models")
+
+    assert volume.keys() == {"name", kind}
+    assert [path for path in mounts if path.startswith("/models")] == ["/models"]
+    assert find(items, "ConfigMap/service-settings")["data"]["REFINERY_MODEL"] == model
+    assert findings(items) == []
 
 
 def test_only_the_service_reaches_redis_and_only_names_are_reached_from_it():

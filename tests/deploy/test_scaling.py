@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.deploy.manifests import documents, find
+from tests.deploy.manifests import SITE, documents, find
 from tests.deploy.tools import program
 
 RATE = "refinery_tokens_per_second"
@@ -13,8 +13,8 @@ ADMITTED = "refinery_admitted_tokens"
 ENCODED = "refinery_batch_tokens_sum"
 
 
-def query():
-    (trigger,) = find(documents("h100"), "ScaledObject/service")["spec"]["triggers"]
+def query(overlay="h100"):
+    (trigger,) = find(documents(overlay), "ScaledObject/service")["spec"]["triggers"]
     assert trigger["metadata"]["threshold"] == "1"
     # Rounded, since promtool compares to the last bit.
     return f"round({trigger['metadata']['query']}, 0.001)"
@@ -81,6 +81,26 @@ def test_without_metrics_there_is_no_number_which_is_no_zero(tmp_path):
     others = [series(ADMITTED, 0, "5000x240", "elsewhere"), series(RATE, 0, "9x240", "elsewhere")]
 
     is_right, said = evaluated(tmp_path, others, query(), [])
+
+    assert is_right, said
+
+
+@pytest.mark.parametrize(
+    ("overlay", "replicas"), [("h100", 5.0), (SITE[0], 3.0)], ids=["as committed", "renamed"]
+)
+def test_an_installation_counts_its_own_work_alone(tmp_path, overlay, replicas):
+    input_series = []
+    for namespace, admitted, rate in (
+        ("vit-refinery", 5000, 1000),
+        ("vit-refinery-site", 300, 100),
+    ):
+        input_series += [
+            series(ADMITTED, 0, f"{admitted}x240", namespace),
+            series(RATE, 0, f"{rate}x240", namespace),
+            series(ENCODED, 0, "0x240", namespace),
+        ]
+
+    is_right, said = evaluated(tmp_path, input_series, query(overlay), [replicas])
 
     assert is_right, said
 

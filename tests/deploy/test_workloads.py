@@ -2,7 +2,14 @@
 
 import pytest
 
-from tests.deploy.manifests import EVERY, documents, find, put, quantity
+from tests.deploy.manifests import (
+    EVERY,
+    REDIS_PASSWORD,
+    documents,
+    find,
+    put,
+    quantity,
+)
 from tests.deploy.workloads import findings
 
 SERVICE, POD = "Deployment/service", "spec template spec"
@@ -59,6 +66,8 @@ MISTAKES = {
     "program": ("cpu", SERVICE, f"{CONTAINER} args", ["sleep"], "does not start the service"),
     "port": ("cpu", SETTINGS, "data REFINERY_METRICS_PORT", "9091", "listens elsewhere"),
     "keys": ("cpu", SETTINGS, "data REFINERY_API_KEY_FILE", "/keys/api_keys", "is on no volume"),
+    "password": (REDIS_PASSWORD, SETTINGS, "data REFINERY_CACHE_PASSWORD_FILE", "/keys/password",
+                 "/keys/password is on no volume"),
     "model": ("h100", SETTINGS, "data REFINERY_MODEL", "/model/refined", "is on no volume"),
     "device": ("cpu", SETTINGS, "data REFINERY_DEVICE", "cuda", "no GPU and serves from cuda"),
     "no device": ("h100", SETTINGS, "data REFINERY_DEVICE", "auto", "a GPU and serves from auto"),

@@ -235,6 +235,7 @@ def _fits(pod: Pod, container: Document, settings: Settings) -> Iterator[str]:
         yield f"{pod.name} declares {ports} and listens elsewhere"
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     files = [settings.api_key_file, *(path for path in settings.models.values() if path[0] == "/")]
+    files += [settings.cache_password_file] if settings.cache_password_file else []
     for file in files:
         if file is None or not mounts & {str(path) for path in PurePosixPath(file).parents} | {
             path for path in mounts if path == str(file)
