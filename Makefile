@@ -40,7 +40,7 @@ DOCKER_BUILD = DOCKER_BUILDKIT=1 docker build \
 RESOURCES := benchmarks/results/kernel_resources_sm90.csv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu test-deploy up down images model-image check train-demo kernel-resources lock clean
+.PHONY: help serve test first-tests other-tests test-gpu test-deploy up down images model-image check train-demo kernel-resources lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,10 +56,20 @@ $(INSTALLED): requirements.lock pyproject.toml
 serve: $(INSTALLED)
 	$(BIN)/python -m service $(MODELS) --host $(HOST) --port $(PORT)
 
-# Triton decides at import whether it interprets: what runs device code on the CPU is a process of its own.
+# Two processes of about the same length, on two cores. Each test runs on one thread (tests/conftest.py).
+FIRST_TESTS := tests/service tests/kernels tests/examples $(wildcard tests/test_*.py)
+OTHER_TESTS := $(filter-out tests/service/ tests/kernels/ tests/examples/,$(sort $(wildcard tests/*/)))
+
 test: $(INSTALLED) $(OLDEST_TRITON) $(DEPLOY_TOOLS)/.installed
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/device
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line first-tests other-tests
+
+first-tests:
+	$(BIN)/python -m pytest -p no:cacheprovider $(FIRST_TESTS)
+
+# Triton decides at import whether it interprets: what runs device code on the CPU is a process of its own.
+other-tests:
+	$(BIN)/python -m pytest -p no:cacheprovider $(OTHER_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/device
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
