@@ -1,7 +1,8 @@
 """The artifact: a refined backbone as a folder that timm alone can load.
 
     refined/
-      config.json, model.safetensors    timm's local-dir format, LoRA merged
+      config.json, model.safetensors    timm's local-dir format, LoRA merged; architectures that
+                                        timm lacks need `import backbone.architectures` first
       refinery.json                     the manifest below
       registers.safetensors             only with a learnable border: its patches
       adapter/                          the LoRA adapter in PEFT format
@@ -11,9 +12,7 @@ Written into a temporary folder beside its place and renamed, so that a reader s
 nothing. Loading checks the digest of the weights and is strict about keys.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,7 +27,11 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
+from backbone.checkpoints import assign
+from backbone.digest import Origin
+from backbone.digest import weights_digest as weights_digest
 from backbone.errors import ArtifactError
+from backbone.folders import make_readable, replace_folder, sync
 from backbone.loading import build_timm_model
 from backbone.registers import Fill, LearnableBorder, Rounding, border_width, seeded_border
 from backbone.vit import Backbone
@@ -95,6 +98,8 @@ class Manifest(BaseModel):
     metrics: dict[str, float] = {}
     digest: str
     """SHA-256 of the weights, see `weights_digest`."""
+    origin: Origin | None = None
+    """The weights that were refined; left out of the file where it is not known."""
 
 
 class Artifact(NamedTuple):
@@ -103,16 +108,6 @@ class Artifact(NamedTuple):
     backbone: Backbone
     manifest: Manifest
     learned_border: LearnableBorder | None
-
-
-def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -174,6 +169,7 @@ def save_artifact(
         versions=_versions(),
         metrics=dict(metrics or {}),
         digest=weights_digest(state | border_state),
+        origin=backbone.origin,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -183,23 +179,27 @@ def save_artifact(
         if learned_border is not None:
             header = {"trained_width": str(learned_border.trained_width)}
             save_file(border_state, temporary / REGISTERS_FILE, metadata=header)
-        (temporary / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+        (temporary / MANIFEST_FILE).write_text(_manifest_text(manifest))
         (temporary / "README.md").write_text(model_card)
         if preview is not None:
             (temporary / "preview.png").write_bytes(preview)
         if adapter is not None:
             shutil.copytree(adapter, temporary / "adapter")
-        _make_readable(temporary)
-        _sync(temporary)
-        _replace(temporary, folder)
+        make_readable(temporary)
+        sync(temporary)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
 
 
-def load_artifact(folder: str | Path) -> Artifact:
+def load_artifact(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Artifact:
     """Load an artifact and verify it.
+
+    Args:
+        folder: Where it is.
+        dtype: Of the backbone's parameters, whatever the weights are stored in.
 
     Raises:
         ArtifactError: a file is missing or damaged, the schema version is unknown, the weights'
@@ -216,9 +216,10 @@ def load_artifact(folder: str | Path) -> Artifact:
             f"{folder}: the weights' digest is {digest[:12]}, the manifest says "
             f"{manifest.digest[:12]}; the artifact was damaged or changed: copy it again"
         )
-    vit, _ = build_timm_model(f"local-dir:{folder}", random_weights=True)
+    with torch.device("meta"):
+        vit, _ = build_timm_model(f"local-dir:{folder}", random_weights=True)
     try:
-        vit.load_state_dict(state, strict=True)
+        assign(vit, state, dtype=dtype)
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: the weights do not fit config.json: {error}") from error
     backbone = Backbone(
@@ -226,6 +227,7 @@ def load_artifact(folder: str | Path) -> Artifact:
         name=manifest.backbone,
         dense_norm=manifest.dense_norm,
         native_size=manifest.native_size,
+        origin=manifest.origin,
     )
     backbone.mean, backbone.std = manifest.mean, manifest.std
     _check_agreement(folder, backbone, manifest)
@@ -255,6 +257,12 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         raise ArtifactError(f"{path} is not a valid manifest: {error}") from error
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    """Without what is not known, so that versions from before `origin` read it too."""
+    unknown = {"origin"} if manifest.origin is None else set()
+    return manifest.model_dump_json(indent=2, exclude=unknown) + "\n"
 
 
 def _check_agreement(folder: Path, backbone: Backbone, manifest: Manifest) -> None:
@@ -329,35 +337,3 @@ def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     if len(values) != 3:
         raise ArtifactError(f"{len(values)} input channels; only RGB backbones are supported")
     return values[0], values[1], values[2]
-
-
-def _make_readable(folder: Path) -> None:
-    """What temporary files and safetensors leave is for the owner alone; servers run as others."""
-    folder.chmod(0o755)
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def _sync(folder: Path) -> None:
-    """Flush files before the rename, so that a crash cannot leave a complete-looking empty one."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(retired / folder.name)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        (retired / folder.name).rename(folder)
-        retired.rmdir()
-        raise
-    shutil.rmtree(retired)

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backbone.artifact import Manifest, RegisterBorder, is_artifact, load_artifact, weights_digest
+from backbone.artifact import Manifest, RegisterBorder, is_artifact, load_artifact
+from backbone.digest import weights_digest
 from backbone.errors import ImageSizeError
 from backbone.preprocess import Normalization
 from backbone.registers import LearnableBorder, canvas_size, strip, surround
@@ -246,8 +247,10 @@ def open_model(
     """
     started = time.monotonic()
     folder = str(spec).removeprefix("local-dir:")
+    is_bf16 = choose_precision(precision, torch.device(device)) == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
     if is_artifact(folder) and weights is None and not random_weights:
-        artifact = load_artifact(folder)
+        artifact = load_artifact(folder, dtype=dtype)
         encoder = DenseEncoder(
             artifact.backbone,
             digest=artifact.manifest.digest,
@@ -257,8 +260,9 @@ def open_model(
             precision=precision,
         )
     else:
-        backbone = Backbone.load(spec, weights=weights, random_weights=random_weights)
-        digest = weights_digest(backbone.vit.state_dict())
+        backbone = Backbone.load(spec, weights=weights, random_weights=random_weights, dtype=dtype)
+        origin = backbone.origin
+        digest = origin.digest if origin else weights_digest(backbone.vit.state_dict())
         encoder = DenseEncoder(backbone, digest=digest, device=device, precision=precision)
         logger.warning("%s is not an artifact: features are raw, without register border", spec)
     logger.info(

@@ -1,16 +1,110 @@
-"""Building timm models: from the hub, from folders, from files, or with random weights."""
+"""Building backbones: from the catalogue, the hub, folders, files, or with random weights."""
 
+import contextlib
 import difflib
 import inspect
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download
 from torch import nn
 
+from backbone import architectures, catalog
+from backbone.catalog import Entry
+from backbone.checkpoints import download, fill, find_plan, open_checkpoint
+from backbone.checkpoints.hub import REACH_ERRORS
+from backbone.digest import Origin, weights_digest
 from backbone.errors import ModelError, ModelNotFoundError
 
 LOCAL_DIR = "local-dir:"
+_FAMILIES = ("vision_transformer", "eva", "architectures")
+
+
+class LoadedVit(NamedTuple):
+    """A model in evaluation mode, and what is known about it.
+
+    Attributes:
+        name: Its architecture, with the tag of timm's weights (`.lvd142m`) if it has those.
+        entry: Its entry in the catalogue, if it has one; of a folder, that of its constructor.
+        origin: Where its weights are from; None for random ones.
+    """
+
+    vit: nn.Module
+    name: str
+    entry: Entry | None
+    origin: Origin | None
+
+
+def load_vit(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    random_weights: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LoadedVit:
+    """A vision transformer without classifier, its weights read in `dtype`.
+
+    Args:
+        spec: Name of a catalogue entry, timm model name, `local-dir:PATH`, or a folder in timm's
+            local-dir format.
+        weights: Checkpoint for the named model: a file, an index of shards, or a folder with
+            either; in timm's key names, those of a published layout, or any that timm converts.
+        random_weights: Random weights, and no download.
+        dtype: Of all parameters. Checkpoints in a known layout are cast tensor by tensor, so that
+            the model never exists in another precision.
+
+    Raises:
+        ModelNotFoundError: unknown name, missing folder or file, or no weights without a network.
+        ModelError: the checkpoint is damaged or does not fit the model.
+    """
+    if weights is not None and random_weights:
+        raise ModelError(f"both weights {weights} and random weights were asked for; choose one")
+    entry = catalog.find(spec)
+    path = None if entry else _folder(spec)
+    name = LOCAL_DIR + str(path) if path else spec
+    if entry is not None:
+        name = entry.timm or entry.architecture
+    model_args = entry.model_args if entry else {}
+    if random_weights:
+        with _default_dtype(dtype):
+            vit, architecture = build_timm_model(name, random_weights=True, **model_args)
+        return LoadedVit(vit, architecture, entry, None)
+
+    source = weights or path
+    label = source.absolute().name if source else name
+    if source is None and entry is not None and entry.constructor:
+        source, label = download(entry.hub[0]), entry.hub[0]
+    if source is None and dtype is not torch.float32:
+        source, name = _timm_file(name)  # timm would read it whole, and in its own precision
+        label = name
+    if source is not None and source.suffix != ".npz":  # Google's format: timm alone reads it
+        with torch.device("meta"):
+            vit, architecture = build_timm_model(name, random_weights=True, **model_args)
+        checkpoint = open_checkpoint(source, name=label)
+        plan = find_plan(
+            vit,
+            checkpoint,
+            model=architecture,
+            dropped_blocks=entry.dropped_blocks if entry else 0,
+            timm_converts=len(checkpoint.shards) == 1 and not _is_ours(architecture),
+        )
+        if plan is not None:
+            fill(vit, checkpoint, plan, model=architecture, dtype=dtype)
+            has_timms_weights = weights is None and path is None and not _is_ours(architecture)
+            return LoadedVit(
+                vit.eval(),
+                name if has_timms_weights else architecture,
+                entry or catalog.find(architecture),
+                _origin(vit, label, plan.layout.name, dtype),
+            )
+    vit, architecture = build_timm_model(name, weights=weights, **model_args)
+    vit.to(dtype)
+    return LoadedVit(vit, architecture, entry, _origin(vit, label, "converted by timm", dtype))
 
 
 def build_timm_model(
@@ -30,8 +124,6 @@ def build_timm_model(
         ModelNotFoundError: unknown name, missing folder or file, or no weights without a network.
         ModelError: the checkpoint does not fit the model.
     """
-    if weights is not None and random_weights:
-        raise ModelError(f"both weights {weights} and random weights were asked for; choose one")
     path = _folder(spec)
     name = LOCAL_DIR + str(path) if path else spec
     if path is None:
@@ -55,11 +147,7 @@ def build_timm_model(
                 "--random-weights"
             ) from error
         if _is_about_reach(error) and path is None and weights is None:
-            raise ModelNotFoundError(
-                f"the weights of {spec} are not here and the hub cannot be reached "
-                f"({type(error).__name__}); give a folder (PATH or local-dir:PATH), a "
-                "checkpoint file with --weights FILE, or ask for --random-weights"
-            ) from error
+            raise _out_of_reach(spec, error) from error
         if isinstance(error, RuntimeError | ValueError | KeyError | OSError):
             source = weights or path or spec
             raise ModelError(f"{source} cannot be loaded as {spec}: {error}") from error
@@ -71,16 +159,72 @@ def build_timm_model(
     return vit.eval(), f"{architecture}.{tag}" if tag else architecture
 
 
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters are of this dtype inside: eight billion random numbers once, not twice."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _origin(vit: nn.Module, source: str, layout: str, dtype: torch.dtype) -> Origin:
+    return Origin(
+        source=source,
+        layout=layout,
+        dtype=str(dtype).removeprefix("torch."),
+        digest=weights_digest(vit.state_dict()),
+    )
+
+
+def _is_ours(architecture: str) -> bool:
+    return hasattr(architectures, architecture)
+
+
+def _timm_file(name: str) -> tuple[Path | None, str]:
+    """The file of a timm model on the hub, if it has one in timm's format; its name with tag."""
+    _check_name(name)
+    config = None if name.startswith("hf-hub:") else timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id or config.hf_hub_filename or config.custom_load:
+        return None, name
+    tagged = f"{config.architecture}.{config.tag}" if config.tag else name
+    try:
+        return Path(hf_hub_download(config.hf_hub_id, "model.safetensors")), tagged
+    except hub_errors.RemoteEntryNotFoundError:
+        return None, name
+    except REACH_ERRORS as error:
+        raise _out_of_reach(name, error) from error
+
+
+def _out_of_reach(spec: str, error: Exception) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the weights of {spec} are not here and the hub cannot be reached "
+        f"({type(error).__name__}); give a folder (PATH or local-dir:PATH), a "
+        "checkpoint file with --weights FILE, or ask for --random-weights"
+    )
+
+
 def _folder(spec: str) -> Path | None:
     text = spec.removeprefix(LOCAL_DIR)
     path = Path(text)
     looks_like_path = spec.startswith(LOCAL_DIR) or "/" in text or path.is_dir()
     if spec.startswith("hf-hub:") or not looks_like_path:
         return None
-    if not (path / "config.json").is_file():
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
         raise ModelNotFoundError(
             f"{text} is not a model folder: it has no config.json; give an artifact, a folder in "
             "timm's local-dir format, a timm model name, or hf-hub:OWNER/NAME"
+        )
+    if "architecture" not in config:
+        raise ModelError(
+            f"{text} is not in timm's format: its config.json names no architecture; name the "
+            "model, and give this folder as its weights"
         )
     return path
 
@@ -90,7 +234,8 @@ def _check_name(name: str) -> None:
         return
     architecture = name.split(".", 1)[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        known = [*catalog.CATALOG, *timm.list_models()]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise ModelNotFoundError(f"no timm model and no folder is called {name!r}; {hint}")
 
@@ -102,23 +247,14 @@ def _dynamic_size(name: str, path: Path | None) -> dict[str, Any]:
     entry = timm.model_entrypoint(name.split(".", 1)[0])
     module = inspect.getmodule(entry)
     family = getattr(module, "__name__", "").rsplit(".", 1)[-1]
-    return {"dynamic_img_size": True} if family in ("vision_transformer", "eva") else {}
+    return {"dynamic_img_size": True} if family in _FAMILIES else {}
 
 
 def _is_about_reach(error: Exception) -> bool:
     """Whether loading failed because the hub, or the cached copy of it, was out of reach."""
-    from huggingface_hub import errors as hub
-
-    kinds = (
-        hub.HfHubHTTPError,
-        hub.LocalEntryNotFoundError,
-        hub.OfflineModeIsEnabled,
-        ConnectionError,
-        TimeoutError,
-    )
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, kinds):
+        if isinstance(seen, REACH_ERRORS):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

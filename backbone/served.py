@@ -24,12 +24,13 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbone.architectures import JointNormAttention, RiceVit
 from kernels import TokenWindow, attention
 
-# Exact classes: a subclass may do something else in its forward.
-_MODELS = (VisionTransformer, Eva)
+# Exact classes: a subclass may do something else in its forward. Of ours it is known what they do.
+_MODELS = (VisionTransformer, Eva, RiceVit)
 _ATTENTIONS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
-    Block: (Attention,),
+    Block: (Attention, JointNormAttention),
     ResPostBlock: (Attention,),
     EvaBlock: (EvaAttention, AttentionRope),
     EvaBlockPostNorm: (EvaAttention, AttentionRope),

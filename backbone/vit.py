@@ -7,8 +7,8 @@
         backbone.encode(pixels)
     q, k = taps[10]                                 # [B, heads, tokens, D]
 
-Any timm model of the VisionTransformer and Eva families works; position embeddings are resampled to
-the image's grid by timm.
+Entries of `backbone.catalog` work by their names, and any other timm model of the VisionTransformer
+and Eva families; position embeddings are resampled to the image's grid by timm.
 
 Dimension key: B = images, N = patch tokens, P = prefix tokens, R = register tokens, C = channels,
 T = all tokens (prefix and patch), D = channels of a head.
@@ -20,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from backbone.architectures import RiceVit
+from backbone.digest import Origin
 from backbone.errors import ImageSizeError, ModelError
-from backbone.loading import build_timm_model
+from backbone.loading import load_vit
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class AttentionTaps(Mapping[int, tuple[Tensor, Tensor]]):
     """Queries and keys of the tapped layers, of the latest forward.
 
     `taps[layer]` is `(q, k)`, each [B, heads, T, D], as projected: after the q/k norm where the
-    backbone has one, before rotary embedding and before the softmax scale.
+    backbone has one, before rotary embedding and before the softmax scale. RICE alone is tapped
+    after rotary embedding, as its recipe has it.
     """
 
     layers: tuple[int, ...]
@@ -94,6 +99,7 @@ class Backbone(nn.Module):
         mean, std: Normalisation of the input, per channel.
         native_size: (h, w) in pixels that the weights were trained at.
         dense_norm: Whether dense features are taken after the model's final norm.
+        origin: Where the weights are from; None for random ones, and where nobody said.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class Backbone(nn.Module):
         name: str,
         dense_norm: bool = True,
         native_size: tuple[int, int] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(vit, VisionTransformer | Eva):
@@ -122,6 +129,7 @@ class Backbone(nn.Module):
         built_for = getattr(vit.patch_embed, "img_size", None) or config["input_size"][1:]
         self.native_size: tuple[int, int] = native_size or (int(built_for[0]), int(built_for[1]))
         self.dense_norm = dense_norm
+        self.origin = origin
         self.embed_dim = int(vit.embed_dim)
         self.depth = len(vit.blocks)
         self.num_prefix_tokens = int(vit.num_prefix_tokens)
@@ -134,23 +142,32 @@ class Backbone(nn.Module):
         *,
         weights: Path | None = None,
         random_weights: bool = False,
-        dense_norm: bool = True,
+        dense_norm: bool | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Load a backbone that has not been refined.
 
         Args:
-            spec: A timm model name (weights from the hub), `local-dir:PATH` or a folder in timm's
-                format; for artifacts use `load_artifact`, which also reads the manifest.
-            weights: A checkpoint file for the model that `spec` names; timm converts its keys.
+            spec: Name of a catalogue entry or a timm model name (weights from the hub),
+                `local-dir:PATH` or a folder in timm's format; for artifacts use `load_artifact`,
+                which also reads the manifest.
+            weights: A checkpoint for the model that `spec` names: a file, or a folder with a file
+                or shards and their index, in any layout of `backbone.checkpoints` or of timm.
             random_weights: Build the model with random weights. Never a fallback.
-            dense_norm: Take dense features after the final norm.
+            dense_norm: Take dense features after the final norm. None: as the catalogue says, and
+                for a model that is not in it, yes.
+            dtype: Of the parameters; large checkpoints are best read in bfloat16.
 
         Raises:
             ModelNotFoundError: no such model, or no weights without a network.
             ModelError: the model is of another family, or the weights do not fit.
         """
-        vit, name = build_timm_model(str(spec), weights=weights, random_weights=random_weights)
-        return cls(vit, name=name, dense_norm=dense_norm)
+        vit, name, entry, origin = load_vit(
+            str(spec), weights=weights, random_weights=random_weights, dtype=dtype
+        )
+        if dense_norm is None:
+            dense_norm = entry.dense_norm if entry else True
+        return cls(vit, name=name, dense_norm=dense_norm, origin=origin)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The token grid (h, w) of an image of `height` x `width` pixels.
@@ -224,6 +241,10 @@ class Backbone(nn.Module):
         wanted = tuple(dict.fromkeys(self.layer_number(layer) for layer in layers))
         taps = AttentionTaps(wanted)
         handles = []
+        rotation: _Rotation | None = None
+        if isinstance(self.vit, RiceVit):
+            rotation = _Rotation(self.vit)
+            handles.append(self.vit.patch_embed.register_forward_hook(rotation.prepare))
         for layer in wanted:
             attention = list(self.vit.blocks)[layer].attn
             for store, norm in ((taps._queries, "q_norm"), (taps._keys, "k_norm")):
@@ -233,7 +254,7 @@ class Backbone(nn.Module):
                         f"block {layer} of {self.name} ({type(attention).__name__}) has no {norm}: "
                         "its q and k cannot be tapped; switch the attention filter off"
                     )
-                handles.append(module.register_forward_hook(_recorder(store, layer)))
+                handles.append(module.register_forward_hook(_recorder(store, layer, rotation)))
         try:
             yield taps
         finally:
@@ -241,9 +262,25 @@ class Backbone(nn.Module):
                 handle.remove()
 
 
-def _recorder(store: dict[int, Tensor], layer: int) -> Any:
+class _Rotation:
+    """RICE's rotary embedding for the grid of the forward that is under way."""
+
+    def __init__(self, vit: RiceVit) -> None:
+        self._vit = vit
+        self._table: Tensor | None = None
+
+    def prepare(self, _module: nn.Module, _inputs: Any, patches_BhwC: Tensor) -> None:
+        h, w = patches_BhwC.shape[1:3]
+        self._table = self._vit.rotary_table((h, w))
+
+    def __call__(self, x_BHTD: Tensor) -> Tensor:
+        assert self._table is not None
+        return apply_rot_embed_cat(x_BHTD, self._table, half=True).type_as(x_BHTD)
+
+
+def _recorder(store: dict[int, Tensor], layer: int, rotation: _Rotation | None) -> Any:
     def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        store[layer] = output
+        store[layer] = output if rotation is None else rotation(output)
 
     return record
 

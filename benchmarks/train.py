@@ -1,160 +1,103 @@
-"""Training speed and memory: one backbone as teacher and student, against two separate ones.
+"""Speed and memory of the training step, against a plain implementation with two models.
 
-    python -m benchmarks.train --backbone vit_small_patch16_224 --size 224 --batch 8
+    python -m benchmarks.train                                   # ViT-S/16, 224 px, batch 4, CPU
+    python -m benchmarks.train --device cuda --batch 16 --size 512 \\
+        --backbone vit_so400m_patch16_siglip_512.v2_webli
 
-Both variants take the same step on the same images with the same draws and arrive at the same
-loss, which is checked. Each run is a process of its own, so that its peak memory is its own; runs
-of the two variants alternate, so that a busy machine disturbs both alike. Weights are random:
-neither speed nor memory depends on them.
+`benchmarks.training.baseline` is the step as one would write it down from the method: teacher and
+student apart, PEFT's layers, whole matrices of attention and similarity. Before anything is timed,
+loss and gradients of the two are compared. Every measurement is a process of its own, so that its
+peak memory is its own, and the kinds take turns, so that a busy machine disturbs all alike. Weights
+and images are random: neither speed nor memory depends on them.
 """
 
 import argparse
-import contextlib
-import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-import psutil
 import torch
 
-from backbone import Backbone, has_bf16_matrix_units
-from trainer.config import Recipe
-from trainer.lora import Adapter
-from trainer.recipe_file import load_recipe
-from trainer.refiner import Refiner
+from benchmarks.training.measure import Kind, check, measure
 
-Variant = Literal["shared", "separate"]
-VARIANTS: tuple[Variant, Variant] = ("shared", "separate")
-MIB = 2**20
-
-
-class SeparateTeacher(Refiner):
-    """The same step with a second backbone in memory as the teacher."""
-
-    def use_teacher(self, teacher: Backbone) -> None:
-        self._student = self.backbone
-        self._teacher = teacher.eval().requires_grad_(False)
-        self._adapter = _Swapped(self)  # type: ignore[assignment]
-
-    @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        self.backbone = self._teacher
-        try:
-            yield
-        finally:
-            self.backbone = self._student
-
-
-class _Swapped:
-    """Stands where the adapter is switched off: changes the model instead."""
-
-    def __init__(self, refiner: SeparateTeacher) -> None:
-        self._refiner = refiner
-        self._dropout = refiner._adapter.train_dropout
-
-    def off(self) -> contextlib.AbstractContextManager[None]:
-        return self._refiner.swapped()
-
-    def train_dropout(self, mode: bool) -> None:
-        self._dropout(mode)
-        self._refiner._teacher.eval()  # the refiner's own `train` reached it
-
-
-def run_once(arguments: argparse.Namespace, variant: Variant) -> dict[str, Any]:
-    """Take some steps in this process and report speed, peak memory and losses."""
-    process = psutil.Process()
-    before = process.memory_info().rss
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    recipe: Recipe = load_recipe(arguments.recipe)
-    backbone = Backbone.load(arguments.backbone, random_weights=True)
-    reference = torch.randint(0, 256, (3, arguments.size, arguments.size), dtype=torch.uint8)
-    teacher = copy.deepcopy(backbone) if variant == "separate" else None
-    adapter = Adapter.attach(backbone, recipe.lora, seed=0)
-    kind = SeparateTeacher if variant == "separate" else Refiner
-    refiner = kind(
-        backbone,
-        adapter,
-        recipe,
-        size=arguments.size,
-        reference_3SS=reference,
-        bf16=has_bf16_matrix_units(device),
-    )
-    if isinstance(refiner, SeparateTeacher):
-        assert teacher is not None
-        refiner.use_teacher(teacher.to(device))
-    refiner.to(device).train()
-    trained = [parameter for parameter in refiner.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    shape = (arguments.batch, 3, arguments.size, arguments.size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
-
-    seconds, losses = [], []
-    for step in range(arguments.warmup + arguments.steps):
-        draws = refiner.draw(arguments.batch, progress=0.5, generator=generator)
-        started = time.perf_counter()
-        output = refiner(images, draws)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(output.loss.item())  # waits for the device
-        if step >= arguments.warmup:
-            seconds.append(time.perf_counter() - started)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    return {
-        "images_per_second": arguments.batch / statistics.median(seconds),
-        "peak_mib": peak / MIB,
-        "weights_mib": weights / MIB,
-        "losses": losses,
-    }
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Relative differences that rounding explains: filters decide token by token, at a threshold.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "auto": 0.1}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.variant:
-        sys.stdout.write(json.dumps(run_once(arguments, arguments.variant)) + "\n")
+    if arguments.part:
+        part = check(arguments) if arguments.part == "check" else measure(arguments, arguments.part)
+        sys.stdout.write(json.dumps(part) + "\n")
         return
-    runs: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
-    for repeat in range(arguments.repeats):
-        order = VARIANTS if repeat % 2 == 0 else VARIANTS[::-1]
-        for variant in order:
-            runs[variant].append(_in_process(variant))
-    shared, separate = (runs[variant] for variant in VARIANTS)
-    for one, two in zip(shared[0]["losses"], separate[0]["losses"], strict=True):
-        if abs(one - two) > 1e-2 * abs(two):
-            raise SystemExit(f"the variants disagree: loss {one} against {two}")
-
-    def median(of: list[dict[str, Any]], key: str) -> float:
-        return float(statistics.median(run[key] for run in of))
-
-    result = {
+    result: dict[str, Any] = {
         "command": "python -m benchmarks.train " + " ".join(sys.argv[1:]),
         "machine": _machine(arguments.device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "weights_mib": shared[0]["weights_mib"],
-        "images_per_second": {v: median(runs[v], "images_per_second") for v in VARIANTS},
-        "peak_mib": {v: median(runs[v], "peak_mib") for v in VARIANTS},
-        "speed_ratio": median(shared, "images_per_second") / median(separate, "images_per_second"),
-        "memory_ratio": median(shared, "peak_mib") / median(separate, "peak_mib"),
+        "recipes": {},
     }
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
+    for recipe in arguments.recipes:
+        differences = _in_process("check", recipe)
+        worst = max(differences.values())
+        if not worst <= TOLERANCE[arguments.precision]:
+            raise SystemExit(f"recipe {recipe}: the implementations disagree: {differences}")
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in arguments.kinds}
+        for repeat in range(arguments.repeats):
+            order = arguments.kinds if repeat % 2 == 0 else arguments.kinds[::-1]
+            for kind in order:
+                runs[kind].append(_in_process(kind, recipe))
+        kinds = {kind: _summary(measured) for kind, measured in runs.items()}
+        result["recipes"][recipe] = {"differences": differences, **kinds}
+        _print(recipe, kinds)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the processes of a kind."""
+    summary: dict[str, Any] = {}
+    for name, value in runs[0].items():
+        if name == "stages":
+            summary[name] = {
+                stage: statistics.median(run[name].get(stage, 0.0) for run in runs)
+                for stage in value
+            }
+        elif isinstance(value, str):
+            summary[name] = value
+        else:
+            summary[name] = statistics.median(run[name] for run in runs)
+    return summary
+
+
+def _print(recipe: str, kinds: dict[str, dict[str, Any]]) -> None:
+    plain = kinds.get("baseline")
+    lines = [f"recipe {recipe}"]
+    for kind, of in kinds.items():
+        line = (
+            f"  {kind:13} {of['images_per_second']:7.2f} images/s, "
+            f"{of['cpu_seconds_per_image']:6.3f} CPU s/image, {of['peak_mib']:8.0f} MiB "
+            f"({of['weights_mib']:.0f} of weights), {of['tflop_per_image']:.3f} TFLOP/image"
+        )
+        if "mfu" in of:
+            line += f", MFU {of['mfu']:.2f}"
+        lines.append(line)
+        if plain is not None and kind != "baseline":
+            speed = of["images_per_second"] / plain["images_per_second"]
+            cpu = plain["cpu_seconds_per_image"] / of["cpu_seconds_per_image"]
+            memory = of["peak_mib"] / plain["peak_mib"]
+            lines.append(
+                f"  {'':13} against the baseline: speed {speed:.2f} (by CPU time {cpu:.2f}), "
+                f"memory {memory:.2f}"
+            )
+        stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in of["stages"].items())
+        lines.append(f"  {'':13} seconds of a step: {stages}")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _machine(device: str) -> str:
@@ -165,8 +108,9 @@ def _machine(device: str) -> str:
     return f"{capabilities.get('cpu_name', 'CPU')}, {torch.get_num_threads()} cores, {matrix_units}"
 
 
-def _in_process(variant: Variant) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--variant", variant]
+def _in_process(part: str, recipe: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:]]
+    command += ["--part", part, "--recipe", recipe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -175,19 +119,24 @@ def _in_process(variant: Variant) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train",
-        description="Training images/s and peak memory: one backbone against two.",
+        description="Training images/s and peak memory, against a plain two-model implementation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--backbone", default="vit_small_patch16_224", help="timm model name")
-    parser.add_argument("--recipe", default="paper", help="recipe name or file")
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--batch", type=int, default=8, help="images per step")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--backbone", default="vit_small_patch16_224", help="timm model name")
+    add("--recipes", nargs="+", default=["paper", "release"], help="recipe names or files")
+    add("--kinds", nargs="+", default=["ours", "baseline"], choices=KINDS, help="what to measure")
+    add("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="change the recipes")
+    add("--size", type=int, default=224, help="side of the images in pixels")
+    add("--batch", type=int, default=4, help="images per step")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the backbone")
+    add("--steps", type=int, default=4, help="timed steps of a process")
+    add("--warmup", type=int, default=1, help="steps before those")
+    add("--repeats", type=int, default=3, help="processes of each kind")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--json", type=Path, help="file for the result")
+    add("--part", choices=("check", *KINDS), help=argparse.SUPPRESS)
+    add("--recipe", default="paper", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

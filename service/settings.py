@@ -31,11 +31,14 @@ class Settings(BaseModel):
 
     model: tuple[str, ...] = Field(
         min_length=1,
-        description="artifact folder, timm model name (hf-hub:... too) or local-dir:PATH; as "
-        "NAME=PATH under a name; give it several times to serve several, the first by default",
+        description="artifact folder, name of the catalogue or of timm (hf-hub:... too), or "
+        "local-dir:PATH; as NAME=PATH under a name; give it several times to serve several, the "
+        "first by default",
     )
     weights: Path | None = Field(
-        None, description="checkpoint file that goes with a timm model name"
+        None,
+        description="checkpoint for the model that --model names: a file, an index of shards, or a "
+        "folder",
     )
     random_weights: bool = Field(
         False, description="serve untrained weights of a timm model name, for load tests"

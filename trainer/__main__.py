@@ -1,11 +1,17 @@
-"""python -m trainer: images and a recipe in, a refined backbone out."""
+"""python -m trainer: images and a recipe in, a refined backbone out.
+
+python -m trainer --images photos --output runs/siglip
+torchrun --standalone --nproc-per-node=8 -m trainer --images photos --output runs/siglip
+python -m trainer recipes
+python -m trainer doctor --images photos
+"""
 
 import argparse
 import json
 import logging
-import os
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,19 +21,26 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from backbone import find_devices
 from backbone.errors import RefineryError
 from kernels.dispatch import KernelError, check_mode
-from trainer.errors import TrainerError
+from trainer.config import Recipe
+from trainer.distributed import (
+    PeerError,
+    Ranks,
+    choose_device,
+    is_first,
+    is_first_here,
+    process_group,
+)
 from trainer.loop import Interrupted, StopRequest
-from trainer.recipe_file import load_recipe, recipe_names
+from trainer.recipe_file import VARIANTS, load_recipe, recipe_names
 from trainer.run import Summary, refine
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
 
 _EPILOG = f"""\
-recipes: {", ".join(recipe_names())}
+{textwrap.fill("recipes: " + ", ".join(recipe_names()), 100)}
 
 examples:
   python -m trainer --images photos --output runs/siglip
@@ -36,57 +49,108 @@ examples:
       --set filters.attention_hijack.enabled=false
   python -m trainer --recipe paper --set loss.lambda_uni=0 --print-recipe
   python -m trainer --images photos --output runs/siglip --resume
+  torchrun --standalone --nproc-per-node=8 --shutdown-timeout 240 -m trainer ...
+
+commands: "recipes" lists the recipes with what they need; "doctor" measures, before a run, what the
+filters of a recipe would do; each has its own --help. python -m trainer.merge takes the adapter of
+a run, to be shipped without weights, and puts one into the weights it belongs to.
 
 The artifact is OUTPUT/refined: serve it with python -m service --model OUTPUT/refined.
 REFINERY_KERNELS=auto, triton or reference says what computes filters and losses (default: Triton
 kernels on a CUDA device, PyTorch elsewhere).
 Exit codes: 0 done; 2 a mistake that the message names; 75 stopped by SIGTERM, 130 by Ctrl-C, with
-a checkpoint written (go on with --resume).
+a checkpoint written (go on with --resume). torchrun ends with 1 in place of any but 0.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["recipes"], ["doctor"]):
+        return _run_command(*arguments)
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    _set_up_logging(console)
+    _set_up_logging(console, is_first=is_first())
+    # Before the processes are connected all meet the same mistakes, each machine for itself.
+    speaks = is_first_here()
     try:
-        recipe = load_recipe(options.recipe, _settings(options))
+        recipe = load_recipe(
+            options.recipe or options.variant or "paper",
+            _settings(options),
+            variant=options.variant,
+        )
         if options.print_recipe:
-            sys.stdout.write(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+            if speaks:
+                sys.stdout.write(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
             return 0
         if options.images is None or options.output is None:
             parser.error("--images and --output are needed")
-        device = _device(options.device)
+        device = choose_device(options.device)
         check_mode(device)  # what cannot run is told before anything is loaded
-        with StopRequest() as stop:
-            summary = refine(
-                recipe,
-                options.images,
-                options.output,
-                device=device,
-                stop=stop,
-                console=console,
-                resume=options.resume,
-                skip_bad_images=options.skip_bad_images,
-            )
-    except Interrupted as interrupted:
-        console.print(f"{interrupted}; continue with the same command and --resume")
-        return EXIT_INTERRUPTED if interrupted.signum == signal.SIGTERM else 130
+        with StopRequest() as stop, process_group(device) as ranks:
+            speaks = True
+            return _refine(recipe, options, device, stop, ranks, console)
+    except PeerError as error:
+        if is_first() and error.is_lost:
+            _tell(console, str(error))
+        return EXIT_USER_ERROR
     except (RefineryError, KernelError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        if speaks:
+            _tell(console, str(error))
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as error:
-        console.print(
-            f"[bold red]error:[/] out of memory: {escape(str(error).splitlines()[0])}\n"
-            "set run.gradient_checkpointing=true, with which --resume may go on; or start anew "
-            "with a lower data.batch_size, and data.accumulate higher by the same factor",
-            soft_wrap=True,
+        _tell(
+            console,
+            f"out of memory: {str(error).splitlines()[0]}\n"
+            "set run.gradient_checkpointing=true, with which --resume may go on; or resume with a "
+            "lower data.batch_size: data.accumulate follows",
         )
         return EXIT_USER_ERROR
-    _print_summary(summary)
+
+
+def _refine(
+    recipe: Recipe,
+    options: argparse.Namespace,
+    device: torch.device,
+    stop: StopRequest,
+    ranks: Ranks,
+    console: Console,
+) -> int:
+    try:
+        summary = refine(
+            recipe,
+            options.images,
+            options.output,
+            device=device,
+            stop=stop,
+            console=console,
+            resume=options.resume,
+            skip_bad_images=options.skip_bad_images,
+            ranks=ranks,
+        )
+    except Interrupted as interrupted:
+        if ranks.is_first:
+            console.print(f"{interrupted}; continue with the same command and --resume")
+        return EXIT_INTERRUPTED if interrupted.signum == signal.SIGTERM else 130
+    if ranks.is_first:
+        _print_summary(summary)
     return 0
+
+
+def _run_command(name: str, *arguments: str) -> int:
+    """A command beside the run; what it needs is imported for it alone."""
+    if name == "recipes":
+        from trainer.recipes_command import main as list_recipes
+
+        return list_recipes(arguments)
+    from trainer.doctor import main as examine
+
+    return examine(arguments)
+
+
+def _tell(console: Console, error: str) -> None:
+    console.print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,8 +162,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", default="paper", metavar="NAME|FILE", help="recipe (default: paper)")
-    add("--images", type=Path, metavar="DIR", help="folder of images, searched recursively")
+    add("--recipe", metavar="NAME|FILE", help="recipe (default: paper)")
+    add(
+        "--variant",
+        choices=VARIANTS,
+        help="what the recipe lies on: the method as the paper has it, or as the authors' release "
+        "(default: the recipe's own, or paper)",
+    )
+    add(
+        "--images",
+        type=Path,
+        metavar="DIR|FILE",
+        help="folder of images, searched recursively; a text file with a path in each line; or tar "
+        "shards in the WebDataset format, as in 'train-{0000..0015}.tar'",
+    )
     add("--output", type=Path, metavar="DIR", help="folder of the run, made if missing")
     add("--backbone", metavar="NAME|PATH", help="timm name or model folder; sets backbone.name")
     add("--weights", metavar="FILE", help="checkpoint file for it; sets backbone.weights")
@@ -129,17 +205,7 @@ def _settings(options: argparse.Namespace) -> list[str]:
     return settings
 
 
-def _device(name: str) -> torch.device:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainerError(
-            "this version trains in one process; start it without torchrun, on one device"
-        )
-    if "," in name:
-        raise TrainerError(f"--device {name} has several devices; this version trains on one")
-    return torch.device(find_devices(name)[0])
-
-
-def _set_up_logging(console: Console) -> None:
+def _set_up_logging(console: Console, *, is_first: bool) -> None:
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, markup=False)
@@ -148,8 +214,10 @@ def _set_up_logging(console: Console) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in ("trainer", "backbone", "kernels"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("trainer", "backbone", "kernels", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.INFO if is_first else logging.ERROR)
+    # Every process meets images of its own.
+    logging.getLogger("trainer.data").setLevel(logging.INFO if is_first else logging.WARNING)
     logging.captureWarnings(True)
 
 

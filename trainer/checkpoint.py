@@ -4,6 +4,7 @@ The frozen weights are not in it. A run that resumes loads them again and contin
 numbers as one that was never interrupted.
 """
 
+import logging
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.config import Recipe
 from trainer.errors import CheckpointError
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Checkpoint:
         recipe: The recipe, as plain values.
         data: Fingerprint of the images.
         weights: Digest of the frozen weights.
+        global_batch: Images of an optimiser step, of all processes.
+        forward_batch: Those of one forward, of all processes: what statistics are taken over.
     """
 
     step: int
@@ -47,6 +53,8 @@ class Checkpoint:
     recipe: dict[str, Any]
     data: str
     weights: str
+    global_batch: int
+    forward_batch: int
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -111,6 +119,43 @@ def check_same_run(
             "the backbone's weights are not those of the checkpoint's run; "
             "resume with them, or choose another --output"
         )
+
+
+def fit_batches(recipe: Recipe, checkpoint: Checkpoint, *, num_processes: int) -> Recipe:
+    """The recipe with `data.accumulate` such that a step still takes the checkpoint's images.
+
+    Raises:
+        CheckpointError: no number of forwards does that.
+    """
+    data, wanted = recipe.data, checkpoint.global_batch
+    forward_batch = data.batch_size * num_processes
+    if wanted % forward_batch:
+        sizes = [n for n in range(1, wanted + 1) if wanted % (n * num_processes) == 0]
+        counts = [n for n in range(1, wanted + 1) if wanted % (n * data.batch_size) == 0]
+        cures = [f"start {_list(counts)} processes"] if counts else []
+        cures += [f"set data.batch_size to {_list(sizes)}"] if sizes else []
+        cures = cures or [f"start one process, and set data.batch_size to a divisor of {wanted}"]
+        raise CheckpointError(
+            f"the run takes {wanted} images a step, and a forward in {num_processes} processes "
+            f"with data.batch_size={data.batch_size} takes {forward_batch}, which does not divide "
+            f"it; {' or '.join(cures)}"
+        )
+    if forward_batch != checkpoint.forward_batch:
+        logger.warning(
+            "statistics over a batch are of %d images from here on, of %d before: "
+            "the numbers differ slightly from those of a run that was not interrupted",
+            forward_batch,
+            checkpoint.forward_batch,
+        )
+    accumulate = wanted // forward_batch
+    if accumulate != data.accumulate:
+        logger.info("data.accumulate is %d now: %d images a step", accumulate, wanted)
+    data = data.model_copy(update={"accumulate": accumulate})
+    return recipe.model_copy(update={"data": data})
+
+
+def _list(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> set[str]:

@@ -35,13 +35,15 @@ class BackboneSection(Section):
     """What is refined."""
 
     name: str = "vit_so400m_patch16_siglip_512.v2_webli"
-    """timm model name, `local-dir:PATH`, or a folder in timm's format (an artifact is one)."""
+    """Entry of the catalogue, timm model name, `local-dir:PATH`, or a folder in timm's format (an
+    artifact is one)."""
     weights: str | None = None
-    """Checkpoint file for the model named above; none: the weights that belong to the name."""
+    """Checkpoint for the model named above: a file, or a folder with one or with shards; none: the
+    weights that belong to the name."""
     random_weights: bool = False
     """Random weights instead of pre-trained ones, for trials."""
-    dense_norm: bool = True
-    """Take dense features after the model's final norm."""
+    dense_norm: bool | None = None
+    """Take dense features after the model's final norm; none: as the catalogue says, else true."""
 
 
 class RegistersSection(Section):
@@ -237,6 +239,8 @@ class DataSection(Section):
 
     size: Count | None = None
     """Side of the square training images in pixels; none: the backbone's own."""
+    other_sizes: tuple[Count, ...] = ()
+    """Sides that are trained at too: every optimiser step takes one of all of them at random."""
     fit: Literal["crop", "stretch"] = "crop"
     """How an image becomes square: its central square, or stretched."""
     batch_size: Count = 16
@@ -249,8 +253,13 @@ class DataSection(Section):
     """Images used at most, chosen at random by `run.seed`; none: all."""
     max_pixels: Count = 40_000_000
     """Largest image that is read, in pixels."""
+    max_bad_share: Share = 0.05
+    """Largest share of unreadable images that --skip-bad-images skips; one it always does."""
     workers: Count = 4
     """Threads that decode images."""
+    resize: Literal["host", "device"] = "host"
+    """Where images get their size: in the threads, or on the device, where CUDA's pixels are within
+    one level of the CPU's."""
 
 
 class RunSection(Section):
@@ -262,6 +271,8 @@ class RunSection(Section):
     """Optimiser steps at most; none: as many as `data.epochs` makes."""
     precision: Precision = "auto"
     """`auto`: bf16 where the hardware has matrix units for it; losses are in fp32 anyway."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits again; what has none is an error. Slower on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass: less memory, more time."""
     checkpoint_every: Count = 100
@@ -269,9 +280,13 @@ class RunSection(Section):
     log_every: Count = 10
     """Optimiser steps between log lines where there is no terminal for a progress bar."""
     tensorboard: bool = False
-    """Write TensorBoard events too."""
+    """Write TensorBoard events too (extra `tensorboard`)."""
+    wandb: bool = False
+    """Log to Weights & Biases too (extra `wandb`); its WANDB_* variables are in force."""
+    snapshot_every: int = Field(0, ge=0)
+    """Optimiser steps between pictures of the student in OUTPUT/snapshots; 0: none."""
     preview_images: Count = 4
-    """Images in preview.png."""
+    """Images in preview.png and in snapshots."""
     weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the artifact's weights are stored in."""
 
@@ -301,6 +316,15 @@ class Recipe(Section):
     """Images and batches."""
     run: RunSection = RunSection()
     """Seed, precision, records."""
+
+    @model_validator(mode="after")
+    def _learned_border_has_one_size(self) -> Self:
+        if self.data.other_sizes and self.registers.fill == "learnable":
+            raise ValueError(
+                "data.other_sizes: a learnable border is made for one size; leave the other sizes "
+                "out, or set another registers.fill"
+            )
+        return self
 
     @property
     def global_batch(self) -> int:

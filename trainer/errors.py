@@ -5,6 +5,7 @@ RefineryError (backbone.errors)
     RecipeError         a recipe that cannot be read or has values that it must not have
     DataError           images that are missing or cannot be read
     CheckpointError     a checkpoint that is damaged or of another run
+    AdapterError        an adapter that is damaged, or of other weights
     NonFiniteError      a loss or gradient that is not a number: the step was not taken
 """
 
@@ -25,6 +26,10 @@ class DataError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is damaged, or belongs to another run."""
+
+
+class AdapterError(TrainerError):
+    """An adapter cannot be read, or does not belong to these weights."""
 
 
 class NonFiniteError(TrainerError):

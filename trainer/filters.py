@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import Flow, attention_inflow, full_precision, max_similarity, widen
+from trainer.distributed import ALONE, Ranks
 
 Criterion = Literal["cosine", "zscore"]
 
@@ -72,7 +73,7 @@ def register_guided(targets_QNC: Tensor, detectors_QDC: Tensor, *, threshold: fl
 @torch.no_grad()
 def crop_inflow(
     taps: Sequence[tuple[Tensor, Tensor]],
-    crop_index_N: Tensor,
+    crop_index_N: Tensor | None,
     rejected_QN: Tensor | None = None,
     *,
     variant: Flow,
@@ -83,7 +84,7 @@ def crop_inflow(
         taps: Queries and keys `[Q, heads, T, head width]` of each layer of the range, as the
             teacher's pass over the composites left them.
         crop_index_N: Positions of the crop's tokens among the T (prefix and strip left out), int64
-            in raster order.
+            in raster order; None when they are all of them.
         rejected_QN: True = an earlier filter rejected this token: its key is left out.
         variant: See `kernels.attention_inflow`.
 
@@ -112,7 +113,9 @@ def crop_inflow(
 
 @full_precision
 @torch.no_grad()
-def attention_hijack(inflow_QN: Tensor, kept_QN: Tensor, *, threshold: float) -> Tensor:
+def attention_hijack(
+    inflow_QN: Tensor, kept_QN: Tensor, *, threshold: float, ranks: Ranks = ALONE
+) -> Tensor:
     """Clean where a token that was kept so far receives enough attention: `is_clean_QN`.
 
     Enough is more than mean + threshold * unbiased standard deviation, both over all kept tokens of
@@ -122,14 +125,15 @@ def attention_hijack(inflow_QN: Tensor, kept_QN: Tensor, *, threshold: float) ->
         inflow_QN: Of `crop_inflow`.
         kept_QN: True = clean by the earlier filters.
         threshold: Standard deviations; negative, so that only the overwritten few are rejected.
+        ranks: Who has the other parts of the batch; the statistics are of all.
 
     Source: UniRefiner, arXiv:2605.19622, attention hijackees.
     """
     inflow_QN = widen(inflow_QN)
-    num_kept = kept_QN.sum()
-    mean = inflow_QN.where(kept_QN, 0).sum() / num_kept.clamp(min=1)
+    num_kept = ranks.sum(kept_QN.sum())
+    mean = ranks.sum(inflow_QN.where(kept_QN, 0).sum()) / num_kept.clamp(min=1)
     squares_QN = (inflow_QN - mean).square().where(kept_QN, 0)
-    deviation = (squares_QN.sum() / (num_kept - 1).clamp(min=1)).sqrt()
+    deviation = (ranks.sum(squares_QN.sum()) / (num_kept - 1).clamp(min=1)).sqrt()
     is_fed_QN = inflow_QN > mean + threshold * deviation
     return kept_QN & (is_fed_QN | (num_kept < 2))
 

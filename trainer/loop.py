@@ -1,4 +1,9 @@
-"""The training loop: accumulate, clip, refuse what is not finite, step, record, checkpoint."""
+"""The training loop: accumulate, clip, refuse what is not finite, step, record, checkpoint.
+
+Where several processes share a run, all of them take every step, and decide alike: on the same
+terms and gradients, on a stop that one was asked for, on an error that one met. Rank 0 alone
+writes.
+"""
 
 import contextlib
 import logging
@@ -17,11 +22,12 @@ from torch import Tensor
 
 from trainer.checkpoint import Checkpoint, save_checkpoint
 from trainer.config import Recipe
-from trainer.data import BadImages, Batch, ImageFolder, batches
+from trainer.data import BadImages, Batch, LoaderWatch, Source, batches
 from trainer.errors import NonFiniteError
 from trainer.optim import lr_factor, make_optimizer, set_lr
 from trainer.record import METRICS_FILE, Recorder, memory_gib
 from trainer.refiner import Refiner
+from trainer.snapshots import Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +104,7 @@ class Loop:
         self,
         refiner: Refiner,
         recipe: Recipe,
-        folder: ImageFolder,
+        folder: Source,
         bad: BadImages,
         *,
         output: Path,
@@ -110,15 +116,18 @@ class Loop:
         self.bad = bad
         self.identity = identity
         self.progress = Progress()
-        self.num_steps = count_steps(recipe, len(folder))
+        self.ranks = refiner.ranks
+        self.global_batch = recipe.global_batch * self.ranks.size
+        self.num_steps = count_steps(recipe, len(folder), num_processes=self.ranks.size)
         self._output = output
-        self._device = refiner.reference_13SS.device
+        self._device = refiner.device
         self._trained = {n: p for n, p in refiner.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(
-            self._trained.items(), recipe.optim, global_batch=recipe.global_batch
+            self._trained.items(), recipe.optim, global_batch=self.global_batch
         )
         self._generator = torch.Generator().manual_seed(recipe.run.seed)
         self._was_unfiltered = False
+        self.snapshots: Snapshots | None = None  # pictures on the way, where they are wanted
 
     @property
     def checkpoint_path(self) -> Path:
@@ -131,15 +140,20 @@ class Loop:
             Interrupted: a stop was requested; a checkpoint was written.
             NonFiniteError: a loss or gradient is not finite; the step was not taken.
             DataError: see `batches`.
+            PeerError: another process of the run met an error.
         """
         data, run, progress = self.recipe.data, self.recipe.run, self.progress
-        recorder = Recorder(
-            self._output,
-            run,
-            num_steps=self.num_steps,
-            first_step=progress.step,
-            console=console,
-        )
+        recorder: Recorder | None = None
+        with self.ranks.agreed():
+            if self.ranks.is_first:
+                recorder = Recorder(
+                    self._output,
+                    run,
+                    num_steps=self.num_steps,
+                    first_step=progress.step,
+                    console=console,
+                    snapshots=self.snapshots,
+                )
         stream = batches(
             self.folder,
             data,
@@ -147,25 +161,35 @@ class Loop:
             seed=run.seed,
             bad=self.bad,
             position=progress.position,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            device=self._device,
         )
+        watch = LoaderWatch(stream, images_per_step=self.recipe.global_batch)
         self.refiner.train()
-        with recorder, contextlib.closing(stream):
-            while progress.step < self.num_steps and stop.signum is None:
+        signum = 0
+        with recorder or contextlib.nullcontext(), contextlib.closing(stream):
+            while progress.step < self.num_steps:
+                (signum,) = self.ranks.max(stop.signum or 0)
+                if signum:
+                    break
                 started = time.monotonic()
                 values = self._step(stream)
                 elapsed = time.monotonic() - started
                 progress.seconds += elapsed
                 values |= {
-                    "images_per_second": self.recipe.global_batch / elapsed,
+                    "images_per_second": self.global_batch / elapsed,
                     "seconds_per_step": elapsed,
                     "memory_gib": memory_gib(self._device),
                 }
-                recorder.step(progress.step, values)
+                values |= watch.step(elapsed)
+                if recorder is not None:
+                    recorder.step(progress.step, values)
                 if progress.step % run.checkpoint_every == 0:
                     self.save()
         self.save()
-        if stop.signum is not None and progress.step < self.num_steps:
-            raise Interrupted(stop.signum, progress.step)
+        if signum:
+            raise Interrupted(signum, progress.step)
 
     def _step(self, stream: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step; the mean of its terms over the accumulated forwards."""
@@ -176,24 +200,29 @@ class Loop:
         terms: list[dict[str, Tensor]] = []
         position = progress.position
         for _ in range(num_forwards):
-            images, position = next(stream)
+            with self.ranks.agreed():
+                images, position = next(stream)
             draws = self.refiner.draw(
                 len(images),
                 progress=progress.step / self.num_steps,
                 generator=self._generator,
+                size=images.shape[-1],
             )
             output = self.refiner(images.to(self._device, non_blocking=True), draws)
             (output.loss / num_forwards).backward()
             terms.append(output.terms)
+        self.ranks.average_gradients(list(self._trained.values()))
         norm = torch.nn.utils.clip_grad_norm_(
             self._trained.values(), optim.clip_norm or math.inf, error_if_nonfinite=False
         )
         # One copy to the host per optimiser step: a GPU must not wait for every term.
         names = list(terms[0])
         table = torch.stack([torch.stack([t[n].float() for n in names]) for t in terms])
+        table = self.ranks.mean(table)
         means = torch.cat([table.mean(dim=0), norm.detach().float()[None]]).tolist()
         values = dict(zip([*names, "grad_norm"], means, strict=True))
-        self._refuse_non_finite(values)
+        with self.ranks.agreed():
+            self._refuse_non_finite(values)
         self._note_unfiltered(values["clean"])
         self._optimizer.step()
         progress.step += 1
@@ -222,7 +251,13 @@ class Loop:
             )
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; all ranks together."""
+        self.bad.paths |= set[Path]().union(*self.ranks.all(self.bad.paths))
+        with self.ranks.agreed():
+            if self.ranks.is_first:
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         checkpoint = Checkpoint(
             **asdict(self.progress),
             **asdict(self.identity),
@@ -231,6 +266,8 @@ class Loop:
             generator=self._generator.get_state(),
             channels=[] if self.refiner.channels is None else self.refiner.channels.tolist(),
             bad_images=sorted(str(path) for path in self.bad.paths),
+            global_batch=self.global_batch,
+            forward_batch=self.recipe.data.batch_size * self.ranks.size,
         )
         save_checkpoint(self.checkpoint_path, checkpoint)
 
@@ -250,7 +287,8 @@ def checkpoint_path(output: Path) -> Path:
     return output / "checkpoint.pt"
 
 
-def count_steps(recipe: Recipe, num_images: int) -> int:
+def count_steps(recipe: Recipe, num_images: int, *, num_processes: int = 1) -> int:
     """Optimiser steps of a run: `epochs` passes in whole batches, one at least."""
-    steps = max(1, int(recipe.data.epochs * num_images / recipe.global_batch))
+    global_batch = recipe.global_batch * num_processes
+    steps = max(1, int(recipe.data.epochs * num_images / global_batch))
     return min(steps, recipe.run.max_steps or steps)

@@ -5,6 +5,10 @@ least. Tokens of a crop come per crop: Q = B * K, the crops of the first image f
 whole image (the teacher's, the registers) come per image: B divides Q, and every function pairs
 the Q / B neighbouring crops with their image. Repeating them per crop (B = Q) gives the same.
 
+A batch may lie in parts of equal size in several processes. A function takes the own part then, and
+`ranks` reaches the others: the mean over the ranks of a loss, and of its gradients, is that of the
+whole batch.
+
 Dimension key: B = images, Q = crops, N = tokens of a crop, M = tokens of an image, R = registers,
 P = candidates of a crop, C = channels.
 """
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import full_precision, max_similarity, mean_logsumexp, widen
+from trainer.distributed import ALONE, Ranks
 
 
 class RefinementLoss(NamedTuple):
@@ -43,22 +48,39 @@ def match_targets(crop_tokens_QNC: Tensor, full_tokens_BMC: Tensor) -> Tensor:
     return _gather_tokens(full_tokens_QMC, indices_QN)
 
 
-def usable(clean_QN: Tensor) -> Tensor:
+def usable(clean_QN: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """The clean mask, or all tokens when not one of the batch is clean: a step needs some."""
-    return clean_QN | ~clean_QN.any()
+    return clean_QN | (ranks.sum(clean_QN.sum()) == 0)
 
 
 @full_precision
 @torch.no_grad()
-def sparsity_level(targets_QNC: Tensor, clean_QN: Tensor) -> Tensor:
-    """How alike unrelated clean tokens of the teacher are: s, a scalar.
+def sparsity_level(targets_QNC: Tensor, clean_QN: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """How alike unrelated clean tokens of the teacher are: s, a scalar, the same on all ranks.
 
-    The mean cosine of the list of clean targets (crop after crop) with itself in reverse.
+    The mean cosine of the list of clean targets (crop after crop, rank after rank) with itself in
+    reverse.
 
     Source: UniRefiner, arXiv:2605.19622, teacher's sparsity level.
     """
-    clean_targets_nC = widen(targets_QNC)[usable(clean_QN)]
-    return (clean_targets_nC * clean_targets_nC.flip(0)).sum(dim=-1).mean()
+    own_nC = widen(targets_QNC)[usable(clean_QN, ranks)]
+    if ranks.size == 1:
+        return (own_nC * own_nC.flip(0)).sum(dim=-1).mean()
+    counts = ranks.all(len(own_nC))
+    num_clean, start = sum(counts), sum(counts[: ranks.rank])
+    total = own_nC.new_zeros(())
+    for peer, count in enumerate(counts):
+        theirs_nC = own_nC if peer == ranks.rank else own_nC.new_empty(count, own_nC.shape[1])
+        ranks.send(theirs_nC, peer)
+        # Of the whole list, that rank has peer_start..peer_start + count; the partner of token i is
+        # token num_clean - 1 - i.
+        peer_start = sum(counts[:peer])
+        first = max(start, num_clean - peer_start - count)
+        end = min(start + len(own_nC), num_clean - peer_start)
+        if first < end:
+            partners_nC = theirs_nC[num_clean - end - peer_start : num_clean - first - peer_start]
+            total += (own_nC[first - start : end - start] * partners_nC.flip(0)).sum()
+    return ranks.sum(total) / num_clean
 
 
 @full_precision
@@ -71,6 +93,7 @@ def refinement_loss(
     temperature: float,
     uniformity: float,
     sparsity: float | Tensor,
+    ranks: Ranks = ALONE,
 ) -> RefinementLoss:
     """L_regu: pull clean student tokens to their targets, and apart from the rest.
 
@@ -82,20 +105,22 @@ def refinement_loss(
         temperature: t.
         uniformity: u, weight of the logsumexp.
         sparsity: s; pairs less similar than that are not pushed further apart.
+        ranks: Who has the other parts of the batch.
 
     Source: UniRefiner, arXiv:2605.19622, L_regu.
     """
     student_crop_QNC = widen(student_crop_QNC)
     cosine_QN = (student_crop_QNC * widen(targets_QNC).detach()).sum(dim=-1)
-    counted_QN = usable(clean_QN)
-    alignment = cosine_QN.where(counted_QN, 0).sum() / counted_QN.sum()
+    counted_QN = usable(clean_QN, ranks)
+    num_counted = ranks.mean(counted_QN.sum().to(cosine_QN.dtype))
+    alignment = cosine_QN.where(counted_QN, 0).sum() / num_counted
     spread = mean_logsumexp(
         student_crop_QNC,
         pool_BMC.detach(),
         temperature=temperature,
         threshold=sparsity,
         below="detach",
-        weights_QN=counted_QN / counted_QN.sum(),
+        weights_QN=counted_QN / num_counted,
     )
     return RefinementLoss(-alignment / temperature + uniformity * spread, alignment, spread)
 
@@ -130,6 +155,7 @@ def absorption_loss(
     crop_weight: float = 0.2,
     crop_top: float = 0.1,
     sparsity_margin: float = 0.1,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L_spu: pull every register to the spurious token it resembles most, and the registers apart.
 
@@ -144,6 +170,7 @@ def absorption_loss(
         crop_weight: Weight of the pull between the registers most like crop tokens and those.
         crop_top: Share of a crop's registers that this pull is for, rounded up.
         sparsity_margin: A pair below s counts as the constant s + margin.
+        ranks: Who has the other parts of the batch.
 
     Source: UniRefiner, arXiv:2605.19622, L_spu; the pull towards crop tokens and the margin are of
     the authors' release.
@@ -157,7 +184,9 @@ def absorption_loss(
     likeness_QR = (registers_QRC * _best_of(student_crop_QNC, registers_QRC)).sum(dim=-1)
     top_Qr = likeness_QR.topk(math.ceil(crop_top * likeness_QR.shape[-1]), dim=-1).values
     is_close_Qr = top_Qr.detach() > sparsity
-    crop_pull = top_Qr.where(is_close_Qr, 0).sum() / is_close_Qr.sum().clamp(min=1)
+    # At least one of the whole batch.
+    num_close = ranks.mean(is_close_Qr.sum().to(top_Qr.dtype)).clamp(min=1 / ranks.size)
+    crop_pull = top_Qr.where(is_close_Qr, 0).sum() / num_close
 
     repulsion = mean_logsumexp(
         registers_QRC,

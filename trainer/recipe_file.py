@@ -1,44 +1,76 @@
-"""Reading recipes: shipped ones by name, files, and single values on top.
+"""Reading recipes: shipped ones by name, files, variants, and single values on top.
 
-recipe = load_recipe("paper", ["data.batch_size=8", "optim.schedule=cosine"])
+    recipe = load_recipe("paper", ["data.batch_size=8", "optim.schedule=cosine"])
+    recipe = load_recipe("eva-clip-8b", variant="release")
+
+A recipe is layers of values, later ones on top: the defaults of `trainer.config`, the variant
+(`paper.toml` or `release.toml`: how the method is done), the recipe (what a backbone needs, in
+either variant), single settings. A recipe may itself lie on another: `extends = "dinov2-g"`, the
+name of one that ships or a file beside it.
 """
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.config import Recipe
 from trainer.errors import RecipeError
 
+Variant = Literal["paper", "release"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+class _Layer(NamedTuple):
+    """One file of a recipe: what names it in errors, and what it says."""
+
+    source: str
+    values: dict[str, Any]
+
 
 def recipe_names() -> list[str]:
-    """The recipes that ship with the trainer."""
+    """The recipes that ship with the trainer, variants included."""
     names = (path.name for path in (resources.files("trainer") / "recipes").iterdir())
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
-def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str, settings: Sequence[str] = (), *, variant: Variant | None = None
+) -> Recipe:
     """Read a recipe.
 
     Args:
         source: Name of a recipe that ships with the trainer, or a TOML file.
         settings: `section.key=value` each, applied on top; the value in TOML, quotes optional.
+        variant: What the recipe lies on; none: what its files say, else `paper`.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key, or a value that is not allowed.
     """
-    try:
-        values = tomllib.loads(_recipe_text(source))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {source} is not valid TOML: {error}") from error
+    layers = _stack(source, variant)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = _merge(values, layer.values)
+    if layers[0].source != "paper" and len(layers) > 1:
+        values["name"] = f"{values['name']} ({layers[0].source})"
     for setting in settings:
         _apply(values, setting)
     return make_recipe(values, source)
+
+
+def variant_of(source: str, variant: Variant | None = None) -> Variant:
+    """The variant that `load_recipe` would put under a recipe.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    root = _stack(source, variant)[0].source
+    return next(known for known in VARIANTS if known == root)
 
 
 def make_recipe(values: Mapping[str, Any], source: str) -> Recipe:
@@ -63,19 +95,83 @@ def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator
             yield prefix + name
 
 
-def _recipe_text(source: str) -> str:
+def _stack(source: str, variant: Variant | None) -> list[_Layer]:
+    """A variant, and the files of a recipe on top of it."""
+    layers = _layers(source)
+    root = layers[0].source
+    if root not in VARIANTS:
+        root = variant or "paper"
+        return [_Layer(root, _read(root)), *layers]
+    if variant not in (None, root):
+        raise RecipeError(
+            f"recipe {source} is of the variant {root} already, and --variant {variant} was asked "
+            "for; leave one of the two out"
+        )
+    return layers
+
+
+def _layers(source: str) -> list[_Layer]:
+    """A recipe's own files, the one that everything else lies on first."""
+    layers: list[_Layer] = []
+    wanted: str | None = source
+    while wanted is not None:
+        if any(layer.source == wanted for layer in layers):
+            chain = " -> ".join([*(layer.source for layer in layers), wanted])
+            raise RecipeError(f"recipe {source} extends itself: {chain}")
+        values = _read(wanted)
+        base = values.pop("extends", None)
+        if not isinstance(base, str | None):
+            raise RecipeError(
+                f"recipe {wanted}: extends is {base!r}; give the name of one recipe or a file"
+            )
+        layers.append(_Layer(wanted, values))
+        if base is not None and _is_file(base) and _is_file(wanted):
+            base = os.path.normpath(Path(wanted).parent / base)
+        wanted = base
+    return layers[::-1]
+
+
+def _read(source: str) -> dict[str, Any]:
+    """What a recipe file says; one without a name has that of its file."""
+    try:
+        values = tomllib.loads(_recipe_text(source))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {source} is not valid TOML: {error}") from error
+    return {"name": Path(source).stem if _is_file(source) else source} | values
+
+
+def _is_file(source: str) -> bool:
     path = Path(source)
-    if path.suffix == ".toml" or len(path.parts) > 1:
+    return path.suffix == ".toml" or len(path.parts) > 1
+
+
+def _recipe_text(source: str) -> str:
+    if _is_file(source):
         try:
-            return path.read_text()
+            return Path(source).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe file {source} cannot be read: {error}") from error
-    if source not in recipe_names():
+    names = recipe_names()
+    if source not in names:
+        near = difflib.get_close_matches(source, names, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
         raise RecipeError(
-            f"no recipe is called {source!r}; there are {', '.join(recipe_names())}, "
-            "or give a file that ends in .toml"
+            f"no recipe is called {source!r}; there are demo, paper, release and one for each "
+            f"backbone, which `python -m trainer recipes` lists. {hint}"
+            "A file's name ends in .toml"
         )
     return (resources.files("trainer") / "recipes" / f"{source}.toml").read_text()
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; tables are merged, lists are replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

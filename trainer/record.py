@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, a progress bar or log lines, TensorBoard."""
+"""What a run tells while it goes: metrics.jsonl, a progress bar or log lines, boards, pictures."""
 
 import json
 import logging
@@ -13,12 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.boards import open_boards
 from trainer.config import RunSection
-from trainer.errors import TrainerError
+from trainer.snapshots import Snapshots
+from trainer.watch import FilterWatch
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+_METRIC_STEPS = 20
 _SHORT = {
     "loss": "loss",
     "refinement": "regu",
@@ -43,6 +46,7 @@ class Recorder:
         num_steps: Optimiser steps in all.
         first_step: Steps done before; records of later ones, which will be done again, are dropped.
         console: Where the progress bar goes.
+        snapshots: Pictures every `run.snapshot_every` steps; none without.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Recorder:
         num_steps: int,
         first_step: int,
         console: Console,
+        snapshots: Snapshots | None = None,
     ) -> None:
         self._section = section
         self._num_steps = num_steps
@@ -61,8 +66,10 @@ class Recorder:
         rewritten = self._path.with_name(f".{METRICS_FILE}")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
         rewritten.replace(self._path)  # at once: a run killed here must not lose its records
+        self._boards = open_boards(output, section, first_step=first_step)
         self._file = self._path.open("a")
-        self._board = _tensorboard(output, first_step) if section.tensorboard else None
+        self._snapshots = snapshots
+        self._watch = FilterWatch()
         self._has_bar = console.is_terminal
         self._bar = Progress(
             TextColumn("refining"),
@@ -87,16 +94,21 @@ class Recorder:
     ) -> None:
         self._bar.stop()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(failed=kind is not None)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record the values of a step, counted from 1."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.scalars(step, values)
+        self._watch.step(step, values)
+        every = self._section.snapshot_every
+        if self._snapshots is not None and every and step % every == 0:
+            picture = self._snapshots.take(step)
+            for board in self._boards:
+                board.picture(step, picture)
         status = _status(values)
         self._bar.update(self._task, completed=step, status=status)
         shown = step % self._section.log_every == 0 or step == self._num_steps
@@ -119,6 +131,17 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     return records
 
 
+def final_metrics(output: Path) -> dict[str, float]:
+    """Means over the last steps of what a run recorded."""
+    last = read_metrics(output)[-_METRIC_STEPS:]
+    names = [name for name in last[-1] if name != "step"] if last else []
+    return {
+        name: sum(record[name] for record in last if name in record)
+        / sum(name in record for record in last)
+        for name in names
+    }
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far in GiB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
@@ -134,14 +157,3 @@ def _status(values: Mapping[str, float]) -> str:
         f"{losses}, clean {100 * values['clean']:.0f} % ({filters}), "
         f"{values['images_per_second']:.1f} images/s, {values['memory_gib']:.1f} GiB"
     )
-
-
-def _tensorboard(output: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise TrainerError(
-            "run.tensorboard is on, but tensorboard is not installed; "
-            "pip install 'vit-refinery[tensorboard]', or set run.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)

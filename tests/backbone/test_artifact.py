@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from backbone import RegisterBorder, is_artifact, load_artifact, save_artifact
 from backbone.artifact import weights_digest
+from backbone.digest import Origin
 from backbone.errors import ArtifactError
 from backbone.registers import LearnableBorder
 from tests.support import tiny_artifact, tiny_backbone
@@ -68,6 +69,34 @@ def test_the_manifest_keeps_everything_that_was_given(tmp_path):
     assert manifest.metrics == {"miou": 0.5}
     assert manifest.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (folder / "preview.png").read_bytes() == b"png"
+
+
+def test_the_origin_of_the_weights_is_kept(tmp_path):
+    origin = Origin(source="eva", layout="timm", dtype="bfloat16", digest="0" * 64)
+    backbone = tiny_backbone()
+    backbone.origin = origin
+
+    save_artifact(tmp_path / "a", backbone, border=RegisterBorder(), model_card="")
+
+    assert load_artifact(tmp_path / "a").manifest.origin == origin
+    assert load_artifact(tmp_path / "a").backbone.origin == origin
+
+
+def test_a_manifest_of_unknown_origin_is_as_older_versions_read_it(tmp_path):
+    folder = tiny_artifact(tmp_path / "a")
+
+    assert "origin" not in json.loads((folder / "refinery.json").read_text())
+    assert load_artifact(folder).manifest.origin is None
+
+
+def test_an_artifact_is_loaded_in_the_precision_asked_for(tmp_path):
+    folder = tiny_artifact(tmp_path / "a", weights_dtype=torch.float16)
+
+    exact, rounded = load_artifact(folder), load_artifact(folder, dtype=torch.bfloat16)
+
+    assert {p.dtype for p in exact.backbone.parameters()} == {torch.float32}
+    weight, expected = rounded.backbone.vit.norm.weight, exact.backbone.vit.norm.weight
+    assert torch.equal(weight, expected.bfloat16())
 
 
 def test_the_adapter_folder_is_copied(tmp_path):

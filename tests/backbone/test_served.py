@@ -26,6 +26,10 @@ FAMILIES = {
     "vit_small_patch16_dinov3_qkvb": {},  # fused projections with q and v bias
     "vit_pe_spatial_tiny_patch16_512": {},  # rotary attention, no final norm
     "vit_base_patch16_rope_mixed_224": {},  # a rotary embedding for every block
+    "eva_clip_8b_patch14_448": {},  # separate projections without bias, RMS norm
+    "eva_clip_18b_patch14_224": {},  # the same with norms after attention and MLP
+    "internvit_6b_patch14_448": {},  # a norm of q and of k across heads, no final norm
+    "rice_large_patch14_560": {},  # rotary attention of all tokens, separate projections
     "vit_base_patch16_sapiens2": {
         "num_kv_heads": 1
     },  # two heads share their keys, q and k have a norm
@@ -195,7 +199,15 @@ def compiled_agrees(name, backend):
         torch.testing.assert_close(other, one, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch14_reg4_dinov2", "eva02_base_patch16_clip_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch14_reg4_dinov2",
+        "eva02_base_patch16_clip_224",
+        "internvit_6b_patch14_448",
+        "rice_large_patch14_560",
+    ],
+)
 def test_the_served_forward_compiles_without_a_graph_break(name):
     compiled_agrees(name, "aot_eager")
 

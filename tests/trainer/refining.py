@@ -1,5 +1,7 @@
 """Small runs for the trainer's tests: a folder of images, a model folder, a refiner."""
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,14 @@ def one_step(refiner: Refiner, images: torch.Tensor, seed: int = 4, progress: fl
     output.loss.backward()
     gradients = {n: p.grad for n, p in refiner.named_parameters() if p.requires_grad}
     return output.loss.detach(), output.terms, gradients
+
+
+def write_shard(path: Path, content: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar file with these members, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path

@@ -22,7 +22,14 @@ from trainer.loop import Identity, Interrupted, Loop, StopRequest, checkpoint_pa
 from trainer.record import read_metrics
 from trainer.run import refine
 
-TIMING = {"images_per_second", "seconds_per_step", "memory_gib"}
+TIMING = {
+    "images_per_second",
+    "seconds_per_step",
+    "memory_gib",
+    "data_wait_seconds",
+    "loader_rate",
+    "loader_over_step",
+}
 
 
 def make_loop(tmp_path, *settings, images=6, refiner=None):
@@ -350,6 +357,16 @@ def test_a_run_cut_in_the_middle_and_resumed_makes_the_same_artifact(tmp_path, f
     digests = [load_artifact(summary.artifact).manifest.digest for summary in (whole, cut)]
     assert digests[0] == digests[1]
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "cut")
+
+
+def test_deterministic_runs_give_the_same_bits_and_leave_no_mode_behind(tmp_path):
+    settings = ["run.deterministic=true", "run.max_steps=2", "loss.lambda_con=0.4"]
+
+    summaries = [run(tmp_path, *settings, output=output) for output in ("one", "other")]
+
+    digests = {load_artifact(summary.artifact).manifest.digest for summary in summaries}
+    assert len(digests) == 1
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_earlier_run_is_not_overwritten(tmp_path):

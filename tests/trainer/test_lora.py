@@ -5,6 +5,7 @@ from timm.models.eva import EvaAttention
 from torch import nn
 
 from backbone import Backbone
+from backbone.architectures import JointNormAttention
 from backbone.errors import ModelError
 from tests.support import tiny_backbone, tiny_vit
 from tests.trainer.refining import one_step, random_images, small_recipe, small_refiner
@@ -18,6 +19,9 @@ ATTENTION = {
     "vit_small_patch16_dinov3_qkvb": (EvaAttention, "fused, q and v bias"),
     "eva02_base_patch16_clip_224": (EvaAttention, "separate"),
     "vit_pe_spatial_tiny_patch16_512": (AttentionRope, "fused"),
+    "eva_clip_18b_patch14_224": (EvaAttention, "separate"),
+    "internvit_6b_patch14_448": (JointNormAttention, "fused"),
+    "rice_large_patch14_560": (AttentionRope, "separate"),
 }
 
 
@@ -31,7 +35,7 @@ def projections(attention):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_every_lora_b_gets_a_gradient_from_a_step(name):
-    backbone = tiny_backbone(name)
+    backbone = tiny_backbone(name, patch_size=16)
     attention = backbone.vit.blocks[0].attn
     assert (type(attention), projections(attention)) == ATTENTION[name]
 
@@ -73,8 +77,8 @@ def test_patch_embedding_and_attention_pool_are_left_alone():
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_the_teacher_is_the_untouched_model(name):
-    untouched, pixels = tiny_backbone(name), torch.randn(2, 3, 64, 64)
-    refiner = small_refiner(backbone=tiny_backbone(name)).train()
+    untouched, pixels = tiny_backbone(name, patch_size=16), torch.randn(2, 3, 64, 64)
+    refiner = small_refiner(backbone=tiny_backbone(name, patch_size=16)).train()
 
     with torch.no_grad(), refiner._adapter.off():
         teacher = refiner.backbone.encode(pixels).tokens

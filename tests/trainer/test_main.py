@@ -101,11 +101,22 @@ def test_a_mistake_is_named_in_one_message_without_a_traceback(tmp_path, capsys,
     assert not (tmp_path / "out" / "refined").exists()
 
 
-def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
+def test_of_several_processes_one_tells_a_mistake(tmp_path, capsys, monkeypatch, rank, speaks):
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
 
-    assert main(command(tmp_path)) == 2
-    assert "one process" in capsys.readouterr().err
+    assert main(command(tmp_path, settings=["loss.temprature=1"])) == 2
+    assert ("loss.temperature" in capsys.readouterr().err) == speaks
+
+
+@pytest.mark.parametrize("name", ["recipes", "doctor"])
+def test_commands_beside_the_run_have_a_help_of_their_own(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+
+    assert ended.value.code == 0
+    assert f"python -m trainer {name}" in capsys.readouterr().out
 
 
 def test_images_and_output_are_needed(capsys):
@@ -129,7 +140,7 @@ def test_help_names_the_recipes_and_the_exit_codes(capsys):
         main(["--help"])
 
     shown = capsys.readouterr().out
-    assert "demo, paper, release" in shown
+    assert all(name in shown for name in ("demo", "paper", "siglip2-so400m", "recipes", "doctor"))
     assert "75" in shown
 
 

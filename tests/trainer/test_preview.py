@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.preview import draw_preview, principal_colors
+from trainer.preview import ColorBasis, draw_preview, principal_colors
 from trainer.reference_image import SHIPPED, draw_reference
 
 
@@ -31,6 +31,29 @@ def test_colours_do_not_depend_on_the_sign_or_scale_of_tokens():
 
 def test_equal_tokens_do_not_divide_by_zero():
     assert principal_colors(torch.ones(10, 8)).isfinite().all()
+
+
+def test_a_basis_gives_the_colours_it_was_fitted_with_and_takes_other_tokens():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(40, 16, generator=generator)
+
+    basis = ColorBasis.fit(tokens)
+
+    torch.testing.assert_close(basis.colors(tokens[:5]), basis.colors(tokens)[:5])
+    others = basis.colors(10 * torch.randn(7, 16, generator=generator))
+    assert others.shape == (7, 3)
+    assert 0 <= others.min() <= others.max() <= 1
+
+
+def test_few_tokens_of_many_channels_have_the_components_of_the_whole_product():
+    tokens = torch.randn(10, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    centred = unit - unit.mean(dim=0)
+    expected = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
+
+    found = ColorBasis.fit(tokens).basis_C3
+
+    torch.testing.assert_close((found * expected).sum(dim=0).abs(), torch.ones(3))
 
 
 def test_a_preview_shows_image_before_and_after_in_one_basis():

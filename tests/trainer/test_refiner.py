@@ -8,6 +8,7 @@ import torch
 from tests.support import tiny_backbone
 from tests.trainer.refining import one_step, random_images, small_recipe, small_refiner
 from trainer.config import Recipe
+from trainer.distributed import Ranks
 from trainer.recipe_file import field_names
 
 # A recipe in which every part of a step has work to do; random weights make odd tokens.
@@ -244,10 +245,10 @@ def test_the_teacher_gets_no_gradient_and_the_reference_is_encoded_once():
         one_step(refiner, random_images())
 
     sizes = [shape[0] for shape in calls]
-    # Student, composites of three crops each, full images; in the first step the reference too.
-    assert sizes == [2, 6, 2, 1, 2, 6, 2]
-    assert calls[0][2:] == (96, 96)
-    assert not refiner.reference_tokens().requires_grad
+    # In the first step the reference; full images, composites of three crops each, student.
+    assert sizes == [1, 2, 6, 2, 2, 6, 2]
+    assert calls[3][2:] == (96, 96)
+    assert not any(tensor.requires_grad for tensor in refiner.reference(64))
 
 
 def test_what_trains_is_the_adapter_and_with_a_learnable_border_the_border():
@@ -322,6 +323,42 @@ def test_the_adapter_is_on_again_after_a_failed_teacher_pass(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(refiner, "_unit_features", fail)
         with pytest.raises(RuntimeError, match="luck"):
-            refiner.reference_tokens()
+            refiner.reference(64)
 
     assert torch.equal(refiner.backbone.encode(images).tokens, expected)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_step_may_have_images_of_another_size(size):
+    settings = [*BUSY, "registers.fill=learnable"]
+    refiner = small_refiner(small_recipe(*settings), backbone=lively_backbone())
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+
+    draws = refiner.draw(2, progress=1, generator=generator, size=size)
+    loss, terms = refiner(images, draws)
+    loss.backward()
+
+    side = size // 16
+    assert draws.detectors_BD.shape[1] == max(1, ((side + 2 * -(-side // 2)) ** 2 - side**2) // 3)
+    assert loss.isfinite()
+    assert "consistency" in terms
+    assert all(p.grad is not None for n, p in refiner.named_parameters() if "lora_B" in n)
+
+
+def test_draws_of_a_part_are_those_of_the_whole():
+    refiner = small_refiner(small_recipe("loss.lambda_con=0.4"))
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    whole = refiner.draw(4, progress=1, generator=generators[0])
+
+    refiner.ranks = Ranks(rank=1, size=2)
+    part = refiner.draw(2, progress=1, generator=generators[1])
+
+    assert torch.equal(part.boxes_BK4, whole.boxes_BK4[2:])
+    assert torch.equal(part.candidates_2BKR, whole.candidates_2BKR[:, 2:])
+    assert torch.equal(part.detectors_BD, whole.detectors_BD[2:])
+    assert torch.equal(part.border, whole.border[2:])
+    assert torch.equal(part.consistency_border, whole.consistency_border[6:])
+    assert part.side == whole.side
+    assert part.dropout_seed != whole.dropout_seed  # masks of two parts must not be alike
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())

@@ -1,0 +1,1 @@
+"""The training step, and a plain one to compare it with."""
