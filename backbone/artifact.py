@@ -1,4 +1,4 @@
-"""The artifact: a refined backbone as a folder that timm alone can load.
+"""The artifact: a refined backbone as a folder that timm can load, alone unless it lacks the model.
 
     refined/
       config.json, model.safetensors    timm's local-dir format, LoRA merged; architectures that
