@@ -57,8 +57,8 @@ serve: $(INSTALLED)
 	$(BIN)/python -m service $(MODELS) --host $(HOST) --port $(PORT)
 
 # Two processes of about the same length, on two cores. Each test runs on one thread (tests/conftest.py).
-FIRST_TESTS := tests/service tests/kernels tests/examples $(wildcard tests/test_*.py)
-OTHER_TESTS := $(filter-out tests/service/ tests/kernels/ tests/examples/,$(sort $(wildcard tests/*/)))
+FIRST_TESTS := tests/service tests/examples $(wildcard tests/test_*.py)
+OTHER_TESTS := $(filter-out tests/service/ tests/examples/,$(sort $(wildcard tests/*/)))
 
 test: $(INSTALLED) $(OLDEST_TRITON) $(DEPLOY_TOOLS)/.installed
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=line first-tests other-tests

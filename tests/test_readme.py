@@ -110,6 +110,42 @@ def test_refining_what_ships_runs(checkout):
     assert (checkout / "runs" / "demo" / "refined" / "model.safetensors").is_file()
 
 
+def test_the_adapter_that_ships_gives_the_artifact_that_ships_again(checkout):
+    (command,) = [text for text in blocks("sh") if "trainer.merge" in text]
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "trainer.merge"]
+
+    subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+
+    merged, shipped = checkout / "refined-demo", ROOT / "models" / "demo"
+    name = "model.safetensors"
+    assert (merged / name).read_bytes() == (shipped / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [line for text in blocks("sh") for line in text.splitlines() if line.startswith("python -m t")],
+)
+def test_commands_of_the_trainer_take_the_flags_that_are_shown(command):
+    module, *words = shlex.split(command, comments=True)[2:]
+    subcommand = [word for word in words[:1] if not word.startswith("-")]
+    shown = subprocess.run(
+        [sys.executable, "-m", module, *subcommand, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for word in words:
+        if word.startswith("--"):
+            assert word in shown, word
+
+
 def test_files_that_are_linked_exist():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     local = [link for link in links if not link.startswith("http")]
