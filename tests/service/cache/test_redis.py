@@ -335,8 +335,8 @@ def test_putting_never_waits_and_a_full_queue_drops_the_newest(server, open_cach
     assert dropped >= 90
     with server.admin() as admin:
         wait_until(lambda: admin.dbsize() == 101 - dropped)
-        assert admin.exists("refinery:k0")
-        assert not admin.exists("refinery:k99")
+        # What had a place kept it. Which of the others found one depends on when the writer ran.
+        assert admin.exists(*(f"refinery:k{index}" for index in range(4))) == 4
 
 
 def test_the_queue_is_bounded_in_bytes_too(server, open_cache):
