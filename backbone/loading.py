@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from backbone import architectures, catalog
 from backbone.catalog import Entry
@@ -23,6 +25,9 @@ from backbone.errors import ModelError, ModelNotFoundError
 
 LOCAL_DIR = "local-dir:"
 _FAMILIES = ("vision_transformer", "eva", "architectures")
+# What dense features do not use: checkpoints may come without it.
+_UNUSED = ("attn_pool.", "fc_norm.", "head")
+_TIMM_LOADS = threading.Lock()
 
 
 class LoadedVit(NamedTuple):
@@ -135,10 +140,12 @@ def build_timm_model(
             raise ModelNotFoundError(f"weights file {weights} does not exist")
         # timm applies its key converters to a file given this way, and not to `checkpoint_path`.
         overlay = {"file": str(weights)}
+    left_over: list[_IncompatibleKeys] = []
     try:
-        vit: nn.Module = timm.create_model(
-            name, pretrained=not random_weights, pretrained_cfg_overlay=overlay, **arguments
-        )
+        with contextlib.nullcontext() if random_weights else _noting_keys(left_over):
+            vit: nn.Module = timm.create_model(
+                name, pretrained=not random_weights, pretrained_cfg_overlay=overlay, **arguments
+            )
     except Exception as error:
         if "No pretrained weights exist" in str(error):
             raise ModelNotFoundError(
@@ -152,11 +159,56 @@ def build_timm_model(
             source = weights or path or spec
             raise ModelError(f"{source} cannot be loaded as {spec}: {error}") from error
         raise
+    _check_keys(left_over, f"{weights or path or spec}", spec)
     config: dict[str, Any] = vit.pretrained_cfg  # type: ignore[assignment]
     architecture = str(config.get("architecture") or spec)
     has_timms_weights = path is None and weights is None and not random_weights
     tag = config.get("tag") if has_timms_weights else None
     return vit.eval(), f"{architecture}.{tag}" if tag else architecture
+
+
+@contextlib.contextmanager
+def _noting_keys(found: list[_IncompatibleKeys]) -> Iterator[None]:
+    """Collect the keys that did not match whenever timm loads weights inside.
+
+    timm is strict only where the checkpoint's classifier is the model's, and ours have none: what a
+    checkpoint lacks would stay random, without a word.
+    """
+    builder: Any = timm.models._builder
+
+    def note(_model: nn.Module, keys: _IncompatibleKeys) -> None:
+        found.append(_IncompatibleKeys(list(keys.missing_keys), list(keys.unexpected_keys)))
+
+    def load_and_note(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        handle = model.register_load_state_dict_post_hook(note)  # type: ignore[no-untyped-call]
+        try:
+            load(model, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    with _TIMM_LOADS:
+        load = builder.load_pretrained
+        builder.load_pretrained = load_and_note
+        try:
+            yield
+        finally:
+            builder.load_pretrained = load
+
+
+def _check_keys(found: list[_IncompatibleKeys], source: str, model: str) -> None:
+    for keys in found:
+        missing = [key for key in keys.missing_keys if not key.startswith(_UNUSED)]
+        if missing:
+            raise ModelError(
+                f"{source} lacks {len(missing)} of the tensors of {model}, the first {missing[0]}; "
+                "it is incomplete, or of another model"
+            )
+        unexpected = [key for key in keys.unexpected_keys if key.startswith("blocks.")]
+        if unexpected:
+            raise ModelError(
+                f"{source} has {len(unexpected)} tensors of blocks that {model} has no place for, "
+                f"the first {unexpected[0]}; it is of another model"
+            )
 
 
 @contextlib.contextmanager

@@ -44,6 +44,9 @@ class BackboneSection(Section):
     """Random weights instead of pre-trained ones, for trials."""
     dense_norm: bool | None = None
     """Take dense features after the model's final norm; none: as the catalogue says, else true."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the frozen weights are held in while training. bfloat16 takes half of the memory, and
+    needs a run in bf16; the adapter is in float32 all the same."""
 
 
 class RegistersSection(Section):

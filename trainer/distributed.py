@@ -158,6 +158,8 @@ ALONE = Ranks()
 def _collective(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     try:
         function(*args, **kwargs)
+    except torch.OutOfMemoryError:  # a RuntimeError too, and this process's own
+        raise
     except RuntimeError as error:  # gloo and NCCL have no class of their own for it
         raise PeerError(
             f"another process of the run is gone, or cannot be reached: {error}", is_lost=True

@@ -35,10 +35,10 @@ _STUDENT_PASSES = 2.1
 _LOSS_TENSORS = 8
 # CUDA context, cuBLAS workspaces and what the allocator rounds up.
 _CONTEXT_BYTES = 1.5 * GIB
-# The trainer keeps the base in float32, also where autocast multiplies in bf16, ...
-_WEIGHT_BYTES = 4
-# ... and so the tokens between blocks, which are counted in 16-bit numbers.
-_RESIDUAL_NUMBERS = 2
+# Bytes of a frozen weight; and of a token's channel between blocks, in 16-bit numbers: autocast
+# multiplies in bf16 either way, and adds in what the weights are in.
+_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+_RESIDUAL_NUMBERS = {"float32": 2, "bfloat16": 1}
 # float32: a parameter of the adapter, its gradient, two moments.
 _ADAPTER_BYTES = 16
 # Share of a GPU's memory that a batch may fill by this estimate.
@@ -137,7 +137,7 @@ def estimate(
         parameters=architecture.parameters,
         adapter_parameters=adapter_parameters,
         flops_per_image=sum(flops) / len(flops),
-        fixed_bytes=_WEIGHT_BYTES * architecture.parameters
+        fixed_bytes=_WEIGHT_BYTES[recipe.backbone.dtype] * architecture.parameters
         + _ADAPTER_BYTES * adapter_parameters
         + _CONTEXT_BYTES,
         bytes_per_image=max(
@@ -199,7 +199,8 @@ def _bytes(
     num_layers = len(hijack.layer_range(architecture.depth)) if hijack.enabled else 0
     block, transient = architecture.block_numbers(), architecture.transient_numbers()
     if checkpointed:
-        kept = _RESIDUAL_NUMBERS * architecture.depth * architecture.width + block
+        residual = _RESIDUAL_NUMBERS[recipe.backbone.dtype]
+        kept = residual * architecture.depth * architecture.width + block
     else:
         kept = architecture.depth * block
     # The teacher goes first and leaves q and k of crop tokens; the layers' packed q, k and v, strip

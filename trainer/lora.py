@@ -21,7 +21,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -87,9 +87,19 @@ class Adapter:
             AdapterError: it cannot be read, or is made for another architecture.
         """
         path = folder / SAFETENSORS_WEIGHTS_NAME
+        if not (folder / CONFIG_NAME).is_file():  # PEFT would ask the hub for such a repository
+            raise AdapterError(f"the adapter {folder} has no {CONFIG_NAME}; copy it again")
         backbone.eval().requires_grad_(False)
         try:
-            config = LoraConfig.from_pretrained(str(folder))
+            stored = LoraConfig.from_pretrained(str(folder))
+            # Only what Adapter.attach writes: other settings of PEFT may change the base weights.
+            config = LoraConfig(
+                r=stored.r,
+                lora_alpha=stored.lora_alpha,
+                lora_dropout=stored.lora_dropout,
+                target_modules=stored.target_modules,
+                bias="none",
+            )
             state = load_file(path)
             model = get_peft_model(backbone.vit, config)
         except (OSError, ValueError, TypeError, SafetensorError) as error:

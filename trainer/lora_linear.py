@@ -93,6 +93,7 @@ class _Adapted(torch.autograd.Function):
         ctx.share, ctx.seed = round(share * _LEVELS) / _LEVELS, seed
         ctx.scale = scale / (1 - ctx.share)
         ctx.make = None if origin is None else origin.make
+        ctx.autocast = narrow if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
             x, down_rI, up_Or = (t.to(narrow) for t in (x, down_rI, up_Or))
             bias_O = None if bias_O is None else bias_O.to(narrow)
@@ -115,8 +116,14 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, down_rI, up_Or, hidden_Xr, kept = ctx.saved_tensors
         if ctx.make is not None:
-            with torch.no_grad():
-                x = ctx.make(x).to(grad.dtype)
+            # As in the forward pass: under autocast a norm takes an input of another dtype than its
+            # weights have, and elsewhere on a GPU it refuses it.
+            autocast = torch.autocast(
+                grad.device.type, ctx.autocast, enabled=ctx.autocast is not None
+            )
+            with torch.no_grad(), autocast:
+                x = ctx.make(x)
+            x = x.to(grad.dtype)
         grad_XO = grad.flatten(0, -2)
         grad_up_Or = (grad_XO.mT @ hidden_Xr).mul_(ctx.scale)
         grad_hidden_Xr = (grad_XO @ up_Or).mul_(ctx.scale)

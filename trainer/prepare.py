@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone import Backbone, RegisterBorder, has_bf16_matrix_units
+from backbone import Backbone, RegisterBorder, has_bf16_matrix_units, is_artifact
+from backbone.artifact import read_manifest
+from backbone.catalog import find
 from backbone.errors import ImageError, ImageSizeError
 from backbone.preprocess import normalize
 from backbone.registers import strip, surround
 from trainer.channels import ChannelMask, find_channel_mask
-from trainer.config import ChannelsSection, Recipe
+from trainer.config import BackboneSection, ChannelsSection, Recipe
 from trainer.crops import strip_width
 from trainer.data import BadImages, Source, source_image, square_image
-from trainer.errors import DataError
+from trainer.errors import DataError, RecipeError
 from trainer.reference_image import SHIPPED
 
 logger = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ def determinism(mode: bool) -> Iterator[None]:
         torch.backends.cudnn.deterministic = False
 
 
-def load_backbone(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Backbone:
-    """The backbone that a recipe names, on the CPU, its parameters in `dtype`.
+def load_backbone(recipe: Recipe, *, dtype: torch.dtype | None = None) -> Backbone:
+    """The backbone that a recipe names, on the CPU, its parameters in `dtype` (the recipe's).
 
     Raises:
         ModelError: see `Backbone.load`.
@@ -58,9 +60,17 @@ def load_backbone(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Back
             section.name,
             weights=Path(section.weights) if section.weights else None,
             random_weights=section.random_weights,
-            dense_norm=section.dense_norm,
-            dtype=dtype,
+            dense_norm=_dense_norm(section),
+            dtype=dtype or getattr(torch, section.dtype),
         )
+
+
+def _dense_norm(section: BackboneSection) -> bool | None:
+    """What the recipe says, else the manifest of an artifact that is refined again."""
+    folder = Path(section.name.removeprefix("local-dir:"))
+    if section.dense_norm is None and find(section.name) is None and is_artifact(folder):
+        return read_manifest(folder).dense_norm
+    return section.dense_norm
 
 
 def training_size(recipe: Recipe, backbone: Backbone) -> int:
@@ -88,9 +98,19 @@ def training_size(recipe: Recipe, backbone: Backbone) -> int:
 
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the backbone runs in bfloat16 there."""
+    """Whether the backbone runs in bfloat16 there.
+
+    Raises:
+        RecipeError: it does not, and its weights are to be held in bfloat16.
+    """
     asked = recipe.run.precision
-    return has_bf16_matrix_units(device) if asked == "auto" else asked == "bf16"
+    bf16 = has_bf16_matrix_units(device) if asked == "auto" else asked == "bf16"
+    if recipe.backbone.dtype == "bfloat16" and not bf16:
+        raise RecipeError(
+            f"backbone.dtype is bfloat16, and the run on {device} is in fp32 (run.precision is "
+            f"{asked}); set backbone.dtype=float32, or run.precision=bf16"
+        )
+    return bf16
 
 
 def reference_image(recipe: Recipe, size: int) -> Tensor:

@@ -107,6 +107,7 @@ def refine(
             recipe = fit_batches(recipe, checkpoint, num_processes=ranks.size)
         folder = find_images(images, seed=recipe.run.seed, max_images=recipe.data.max_images)
         bad = BadImages(skip=skip_bad_images, max_share=recipe.data.max_bad_share)
+        bf16 = uses_bf16(recipe, device)
         backbone = load_backbone(recipe)
         size = training_size(recipe, backbone)
         reference = reference_image(recipe, size)
@@ -119,7 +120,6 @@ def refine(
         )
         if checkpoint is not None:
             check_same_run(checkpoint, **identity.__dict__)
-        bf16 = uses_bf16(recipe, device)
         backbone.to(device)
     _refuse_differences(identity, ranks)
     channels = (

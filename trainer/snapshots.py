@@ -80,8 +80,8 @@ class Snapshots:
     def take(self, step: int) -> Image.Image:
         """Draw the student as it is now, and write the picture. The student is left as it was."""
         refiner = self._refiner
-        learned = None if refiner.border is None else refiner.border.cpu()
-        pixels = self._border.pixels(refiner.canvas, refiner.width, learned)
+        # A learned border stays where it is: the optimiser's state is there too.
+        pixels = self._border.pixels(refiner.canvas, refiner.width, refiner.border)
         was_training = refiner.training
         refiner.eval()
         try:

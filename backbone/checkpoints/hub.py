@@ -3,6 +3,7 @@
 No code of a repository is ever run: what is downloaded is one index and tensors.
 """
 
+import glob
 import re
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def download(hub_id: str) -> Path:
                 path = Path(hf_hub_download(hub_id, name))
                 if name == single:
                     return path.parent
-                return Path(snapshot_download(hub_id, allow_patterns=[index, *needed_files(path)]))
+                # Names, not patterns: an index that says * would fetch everything.
+                names = [glob.escape(name) for name in (index, *needed_files(path))]
+                return Path(snapshot_download(hub_id, allow_patterns=names))
             except hub.RepositoryNotFoundError as error:
                 raise _refused(hub_id, error) from error
             except hub.RemoteEntryNotFoundError:

@@ -129,6 +129,11 @@ def _convert(
                 f"{path}: {got} is {name} {list(value.shape)}, and {model} has "
                 f"{list(wanted.shape)}; it is of another model"
             )
+        if value.is_floating_point() != wanted.is_floating_point():
+            raise ModelError(
+                f"{path}: {got} is {name} in {value.dtype}, and {model} has {wanted.dtype}; "
+                "quantised weights are not read: take those in floating point"
+            )
         state[name] = _copied(value, dtype)
 
 

@@ -22,7 +22,7 @@ from tests.trainer.refining import (
     small_refiner,
 )
 from trainer.checkpoint import load_checkpoint
-from trainer.distributed import ALONE, PeerError, choose_device
+from trainer.distributed import ALONE, PeerError, Ranks, choose_device
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.loop import Interrupted, Loop, StopRequest
 from trainer.record import read_metrics
@@ -268,3 +268,13 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
 
     assert alone == torch.device("cuda:0")
     assert choose_device("cuda") == torch.device("cuda:1")
+
+
+def test_memory_that_ends_in_a_collective_is_not_another_processs_end(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", full)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Ranks(1, 2).sum(torch.ones(2))

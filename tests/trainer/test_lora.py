@@ -10,6 +10,7 @@ from backbone.errors import ModelError
 from tests.support import tiny_backbone, tiny_vit
 from tests.trainer.refining import one_step, random_images, small_recipe, small_refiner
 from trainer.config import LoraSection
+from trainer.errors import AdapterError
 from trainer.lora import Adapter, linear_names
 
 # One model of each attention class, and what its projections are.
@@ -155,3 +156,13 @@ def test_a_backbone_without_linear_layers_is_refused():
 
     with pytest.raises(ModelError, match="no linear layers"):
         Adapter.attach(backbone, LoraSection(), seed=0)
+
+
+def test_an_adapter_without_its_config_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    refiner = small_refiner()
+    refiner._adapter.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
+        Adapter.load(tiny_backbone(), tmp_path / "adapter")

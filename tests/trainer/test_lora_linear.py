@@ -138,3 +138,22 @@ def test_hooks_are_gone_when_the_adapter_is_merged():
     adapter.merge()
 
     assert not any(module._forward_hooks for module in backbone.vit.modules())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_norm_is_made_again_under_the_same_autocast(bf16):
+    seen = []
+
+    class Watched(nn.LayerNorm):
+        def forward(self, x):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return super().forward(x)
+
+    backbone = tiny_backbone()
+    block = backbone.vit.blocks[0]
+    block.norm1 = Watched(block.norm1.normalized_shape).requires_grad_(False)
+    adapted(backbone, dropout=0)
+
+    tokens_and_gradients(backbone, torch.randn(1, 3, 64, 64), enabled=bf16)
+
+    assert seen == [(bf16, torch.bfloat16)] * 2

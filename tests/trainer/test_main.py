@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from backbone import load_artifact
+from backbone import Backbone, load_artifact
 from kernels import dispatch
 from tests.trainer.refining import SMALL, image_folder, model_folder
 from trainer.__main__ import main
+from trainer.merge import main as merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,3 +220,29 @@ def test_a_mistyped_kernel_mode_is_told_before_anything_is_loaded(tmp_path, caps
     assert code == 2
     assert "REFINERY_KERNELS is 'fast'; use one of auto" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_may_be_held_in_bfloat16_and_the_adapter_gives_the_same_artifact(tmp_path):
+    settings = ["run.max_steps=2", "run.precision=bf16", "backbone.dtype=bfloat16"]
+    settings += ["run.weights_dtype=bfloat16", "run.gradient_checkpointing=true"]
+
+    assert main(command(tmp_path, settings=settings)) == 0
+
+    refined, again = tmp_path / "out" / "refined", tmp_path / "again"
+    weights = load_file(refined / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    raw = load_artifact(refined).backbone.vit.blocks[0].attn.qkv.weight
+    base = Backbone.load(tmp_path / "model").vit.blocks[0].attn.qkv.weight
+    assert not torch.equal(raw, base.to(raw.dtype)), "nothing was merged"
+    words = ["--backbone", tmp_path / "model", "--adapter", refined / "adapter", "--output", again]
+    assert merge([str(word) for word in words]) == 0
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (refined / name).read_bytes()
+
+
+def test_weights_in_bfloat16_need_a_run_in_bfloat16(tmp_path, capsys):
+    settings = ["run.precision=fp32", "backbone.dtype=bfloat16"]
+
+    assert main(command(tmp_path, settings=settings)) == 2
+
+    assert "set backbone.dtype=float32" in capsys.readouterr().err.replace("\n", " ")

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from rich.console import Console
@@ -101,3 +102,13 @@ def test_snapshots_of_a_run_are_of_its_first_readable_images(tmp_path):
     of_run("run.snapshot_every=7").take(7)
     with Image.open(tmp_path / "snapshots" / "step-000007.png") as sheet:
         assert sheet.size == (3 * 256, 22 + 2 * 256)
+
+
+def test_a_learned_border_stays_on_its_device(tmp_path, monkeypatch):
+    # On a GPU, the optimiser's state would be left behind there.
+    refiner = small_refiner(small_recipe("registers.fill=learnable"))
+    monkeypatch.setattr(refiner.border, "_apply", lambda *_, **__: pytest.fail("it was moved"))
+
+    snapshots_of(tmp_path, refiner).take(1)
+
+    assert (tmp_path / "snapshots" / "step-000001.png").is_file()

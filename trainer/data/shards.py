@@ -85,7 +85,7 @@ class TarShards(Source):
 
     def path(self, index: int) -> Path:
         member = self.members[index]
-        return self.shards[member.shard] / member.name
+        return Path(f"{self.shards[member.shard]}/{member.name}")  # the name may start with /
 
     def read(self, index: int) -> bytes:
         member = self.members[index]
@@ -140,6 +140,11 @@ def _index_one(number: int, path: Path) -> tuple[list[Member], int]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (info := tar.next()) is not None:
+                if info.size < 0:  # the next header would lie before this one, over and over
+                    raise DataError(
+                        f"the shard {path} is damaged: {info.name} has {info.size} bytes; write or "
+                        "copy it again"
+                    )
                 parts = _KEY.fullmatch(info.name)
                 if parts is None or Path(info.name).suffix.lower() not in SUFFIXES or info.isdir():
                     continue

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=device,
             skip_bad_images=options.skip_bad_images,
         )
-        options.output.write_text(write_page(report))
+        _write(options.output, write_page(report))
     except (RefineryError, KernelError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return EXIT_USER_ERROR
@@ -66,6 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     _print_report(report, options.output, time.monotonic() - started)
     return 0
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        # Names of files may hold bytes that are no text.
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise TrainerError(f"the page cannot be written to {path}: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -307,3 +307,41 @@ def test_a_folder_of_transformers_is_not_taken_for_timms(tmp_path):
         ModelError, match="is not in timm's format.*give this folder as its weights"
     ):
         Backbone.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key: key.replace("blocks.7.", "other."), "lacks 12 of the tensors of .*blocks.7"),
+        (lambda key: key.replace("blocks.11.", "blocks.12."), "lacks 12 of the tensors"),
+        (None, "1 tensors of blocks that vit_tiny_patch16_224 has no place for.*blocks.12"),
+    ],
+)
+def test_what_timm_converts_is_complete_too(tmp_path, change, message):
+    state = timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict()
+    if change is None:
+        state["blocks.12.norm1.weight"] = torch.ones(192)
+    else:
+        state = {change(key): value for key, value in state.items()}
+    save_file(state, tmp_path / "other.safetensors")
+
+    with pytest.raises(ModelError, match=message):
+        Backbone.load("vit_tiny_patch16_224", weights=tmp_path / "other.safetensors")
+
+
+def test_weights_in_whole_numbers_are_refused(tmp_path):
+    tensors = published()[1]
+    key = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    save_file(tensors | {key: tensors[key].to(torch.int8)}, tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelError, match=r"fc1\.weight.*torch\.int8.*quantised"):
+        Backbone.load(NAME, weights=tmp_path / "model.safetensors")
+
+
+# What the unpickler makes of them: IndexError, KeyError.
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"\x80\x02h\x07."])
+def test_a_damaged_pickle_is_named_whatever_it_raises(tmp_path, content):
+    (tmp_path / "weights.bin").write_bytes(content)
+
+    with pytest.raises(ModelError, match=r"weights\.bin cannot be read"):
+        open_checkpoint(tmp_path / "weights.bin")

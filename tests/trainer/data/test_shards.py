@@ -156,3 +156,25 @@ def test_braces_count_and_list(pattern, expected):
 def test_braces_that_say_nothing_are_refused(inside):
     with pytest.raises(DataError, match="is no range of shards"):
         expand(f"a-{{{inside}}}.tar")
+
+
+def test_a_shard_whose_headers_lead_back_is_refused(tmp_path):
+    size = b"19 size=-000001536\n"  # the next header is at byte 0 again, by it
+    content = {"a.txt": b"", "pax": size, "1.png": b""}
+    shard = write_shard(tmp_path / "a.tar", content, format=tarfile.USTAR_FORMAT)
+    data = bytearray(shard.read_bytes())
+    data[512 + 156 : 512 + 157] = tarfile.XHDTYPE
+    data[512 + 148 : 512 + 156] = b" " * 8
+    data[512 + 148 : 512 + 156] = b"%06o\0 " % sum(data[512:1024])
+    shard.write_bytes(data)
+
+    with pytest.raises(DataError, match=r"a\.tar is damaged: 1\.png has -1536 bytes"):
+        index(shard)
+
+
+def test_a_member_is_called_by_its_shard_whatever_its_name(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", {"/data/1.png": IMAGES["000.png"]})
+
+    path = index(shard).path(0)
+
+    assert path == shard / "data" / "1.png"

@@ -179,3 +179,29 @@ def test_the_global_generator_is_left_alone(place, tmp_path):
     examine(place, tmp_path / "report.html")
 
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_page_that_cannot_be_written_is_told_in_one_message(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.doctor.examine", lambda *_, **__: None)
+    monkeypatch.setattr("trainer.doctor.write_page", lambda _: "page")
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+
+    code = main(["--images", str(tmp_path), "--device", "cpu", "--output", f"{tmp_path}/a.html"])
+
+    assert code == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_page_may_name_files_that_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.doctor.examine", lambda *_, **__: None)
+    monkeypatch.setattr("trainer.doctor.write_page", lambda _: "caf\u00e9 of bad\udcff name")
+    monkeypatch.setattr("trainer.doctor._print_report", lambda *_: None)
+    output = tmp_path / "page.html"
+
+    code = main(["--images", str(tmp_path), "--device", "cpu", "--output", str(output)])
+
+    assert code == 0
+    assert output.read_bytes() == b"caf\xc3\xa9 of bad\\udcff name"
