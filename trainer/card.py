@@ -29,7 +29,7 @@ and after.
 | training time | $minutes min on $device |
 | seed | $seed |
 
-Values at the end of training:
+Means over the last steps of training, 20 at most:
 
 | | |
 |---|---|

@@ -195,6 +195,8 @@ def _notes(recipe: Recipe) -> Iterator[str]:
         yield f"r_reg {recipe.registers.r_reg}"
     if not recipe.loss.matched:
         yield "unmatched"
+    if recipe.run.gradient_checkpointing:
+        yield "checkpointing"
     yield f"u {recipe.loss.uniformity}"
 
 

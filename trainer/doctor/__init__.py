@@ -1,6 +1,6 @@
 """python -m trainer doctor: what a recipe's thresholds do to a backbone, before it is refined.
 
-    python -m trainer doctor --backbone models/demo-pretrained --images photos
+    python -m trainer doctor --recipe demo --images photos
 
 It computes what the filters of the first training step would see, prints what each keeps, suggests
 values where one keeps too little or too much, and writes a page with the distributions.
@@ -125,7 +125,10 @@ def _print_report(report: Report, page: Path, seconds: float) -> None:
         cells = [f"{100 * share:.1f}"]
         if report.suggested_shares is not None:
             cells.append(f"{100 * report.suggested_shares[name]:.1f}")
-        table.add_row(name.replace("_", " "), *cells)
+        label = name.replace("_", " ")
+        if name == "attention_hijack":
+            label += " (of what the others keep)"
+        table.add_row(label, *cells)
     console.print(table)
     if report.channels is not None:
         found = report.channels

@@ -37,6 +37,10 @@ def rows(
         for name, title in _FILTERS.items():
             clean_N = getattr(masks, name)[one.crop]
             caption = f"{title}: {float(clean_N.float().mean()):.0%} kept"
+            if name == "attention_hijack":  # it judges only what the others kept
+                all_N = masks.clean[one.crop]
+                share = (all_N & clean_N).sum() / (all_N | ~clean_N).sum().clamp(min=1)
+                caption = f"{title}: {float(share):.0%} of what the others keep"
             if name in off:
                 caption += " (off)"
             cells.append((caption, _masked(view, clean_N.view(grid))))

@@ -133,8 +133,10 @@ def advise_width(results: list[WidthResult], default: int, *, refined: bool) -> 
     best = next(result for result in allowed if result.fp_gp <= lowest + 0.01)
     usual = allowed[0]
     if best is usual:
-        text = f"A border wider than the default of {default} is no better: with it "
-        text += f"{best.fp_gp:.0%} of the tokens still carry spurious features."
+        text = (
+            f"A border wider than the default of {default} is no better: with the default "
+            f"{best.fp_gp:.0%} of the tokens still carry spurious features."
+        )
     else:
         text = (
             f"With a border of {best.width}, {best.fp_gp:.0%} of the tokens still carry spurious "
