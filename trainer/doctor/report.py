@@ -96,6 +96,7 @@ def examine(
     """
     recipe = load_recipe(source, settings, variant=variant)
     backbone, artifact = _load(recipe)
+    recipe = _with_possible_layers(recipe, backbone.depth)
     size = training_size(recipe, backbone)
     reference_3SS = reference_image(recipe, size)
     found = find_images(images, seed=recipe.run.seed, max_images=num_images)
@@ -137,6 +138,7 @@ def examine(
     suggested, suggested_shares = recipe, None
     if flags:
         suggested = load_recipe(source, [*settings, *flags], variant=variant)
+        suggested = _with_possible_layers(suggested, backbone.depth)
         _, _, masks = measure(suggested)  # other thresholds leave out other keys of the attention
         suggested_shares = kept_shares(masks, suggested)
 
@@ -182,6 +184,16 @@ def examine(
         best_width=best,
         num_width_images=len(few_I3SS),
     )
+
+
+def _with_possible_layers(recipe: Recipe, depth: int) -> Recipe:
+    """Layers of a filter that is off are measured too, and may be another backbone's."""
+    hijack = recipe.filters.attention_hijack
+    if hijack.enabled or hijack.layers is None or hijack.layers[1] < depth:
+        return recipe
+    usual = hijack.model_copy(update={"layers": None})
+    filters = recipe.filters.model_copy(update={"attention_hijack": usual})
+    return recipe.model_copy(update={"filters": filters})
 
 
 def _load(recipe: Recipe) -> tuple[Backbone, Artifact | None]:

@@ -205,3 +205,11 @@ def test_a_page_may_name_files_that_are_no_text(tmp_path, monkeypatch):
 
     assert code == 0
     assert output.read_bytes() == b"caf\xc3\xa9 of bad\\udcff name"
+
+
+def test_layers_of_a_filter_that_is_off_may_be_another_backbone_s(place, tmp_path):
+    settings = ["--set", "filters.attention_hijack.layers=[10, 15]"]
+    off = ["--set", "filters.attention_hijack.enabled=false"]
+
+    assert examine(place, tmp_path / "page.html", *settings, *off) == 0
+    assert examine(place, tmp_path / "page.html", *settings) == 2
