@@ -172,6 +172,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds more than tensors, and unpickling that could run any "
             f"code: {_first_line(error)}; save its weights alone, best as safetensors"
         ) from error
+    except MemoryError:
+        raise  # says nothing about the file
     except Exception as error:  # a damaged file makes the unpickler raise anything
         raise _unreadable(path, error) from error
     for wrapper in _WRAPPERS:
