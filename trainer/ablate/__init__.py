@@ -1,0 +1,1 @@
+"""The paper's ablations as one sweep: python -m trainer.ablate."""
