@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.pages import ticks
+
 _WIDTH, _HEIGHT = 720, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 40
 _BINS = 60
@@ -69,8 +71,8 @@ def layers(layer_inflow_LQN: Tensor, current: range, suggested: range | None) ->
     low = min(-0.5, float(table_L5.min()))
     high = max(0.5, float(table_L5.max()))
     plot = _Plot((-0.5, num_layers - 0.5), (low - 0.05, high + 0.05))
-    ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low <= _log(t) <= high]
-    parts = [plot.bands("block", "inflow over its mean", [(_log(t), f"{t:g}x") for t in ticks])]
+    levels = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low <= _log(t) <= high]
+    parts = [plot.bands("block", "inflow over its mean", [(_log(t), f"{t:g}x") for t in levels])]
     for span, color, opacity in ((current, "#98a2b3", 0.28), (suggested, "#2e9e5b", 0.22)):
         if span is not None and len(span):
             x0, x1 = plot.x(span.start - 0.5), plot.x(span.stop - 0.5)
@@ -113,10 +115,10 @@ class _Plot:
         return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
     def frame(self, x_label: str, y_label: str) -> str:
-        marks = [(value, f"{100 * value:g}%") for value in _ticks(*self._y_range, 3) if value > 0]
+        marks = [(value, f"{100 * value:g}%") for value in ticks(*self._y_range, 3) if value > 0]
         below = [
             _text(self.x(value), _HEIGHT - _BOTTOM + 15, f"{value:g}", "middle")
-            for value in _ticks(*self._x_range, 7)
+            for value in ticks(*self._x_range, 7)
         ]
         return self.bands(x_label, y_label, marks) + "".join(below)
 
@@ -176,15 +178,6 @@ def _text(x: float, y: float, text: str, anchor: str, color: str = "#475467") ->
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
     )
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers in a range."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = min((f * power for f in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [round(number * step, 10) for number in range(first, last + 1)]
 
 
 def _log(value: float) -> float:

@@ -1,7 +1,5 @@
 """Pictures of the page as data URIs: crops, colours of their features, what each filter takes."""
 
-import base64
-import io
 from collections.abc import Collection
 
 import torch
@@ -9,6 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from trainer.doctor.measure import Masks, Shown
+from trainer.pages import data_uri
 from trainer.preview import principal_colors
 
 _SIDE = 176
@@ -44,7 +43,7 @@ def rows(
             if name in off:
                 caption += " (off)"
             cells.append((caption, _masked(view, clean_N.view(grid))))
-        found.append([(caption, _data_uri(picture)) for caption, picture in cells])
+        found.append([(caption, data_uri(picture, "JPEG")) for caption, picture in cells])
     return found
 
 
@@ -74,9 +73,3 @@ def _masked(view: Image.Image, clean_hw: Tensor) -> Image.Image:
     mask = rejected.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
     grey.paste(Image.new("RGB", grey.size, tuple(_REJECTED.tolist())), mask=mask)
     return grey
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,186 @@
+"""Whether the refined backbone is better, number by number, and how sure that is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.evaluate.intervals import Interval, bootstrap
+from trainer.evaluate.layers import OWN
+from trainer.evaluate.results import Result, Row, Score
+from trainer.report.measure import OWN_PATTERNS, Measured
+
+Outcome = Literal["better", "worse", "unclear", "unknown"]
+DIFFERENCE = " minus "
+SPURIOUS = "spurious tokens"
+_FEW = 3
+_OWN = "spurious tokens by each one's own patterns"
+_SPURIOUS_TITLES = {"FP or GP": f"{SPURIOUS} (FP or GP)", f"{OWN}FP or GP": f"{_OWN} (FP or GP)"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number of both backbones.
+
+    Attributes:
+        title: What it is, with the data set.
+        names: Of the two backbones.
+        unit: As in `Score`.
+        difference: Refined minus raw, with its interval.
+        source: What it is of, for people: how many images or seeds.
+    """
+
+    title: str
+    names: tuple[str, str]
+    unit: str
+    better: Literal["higher", "lower"]
+    raw: float
+    refined: float
+    difference: Interval
+    source: str
+
+    @property
+    def outcome(self) -> Outcome:
+        """`unknown` without an interval; `unclear` where the interval holds zero."""
+        change = self.difference
+        if change.count < 2:
+            return "unknown"
+        if change.low <= 0 <= change.high:
+            return "unclear"
+        return "better" if (change.mean > 0) == (self.better == "higher") else "worse"
+
+
+def plain_rows(result: Result) -> list[Row]:
+    """The rows of a result that are backbones, and not differences of two."""
+    return [row for row in result.rows if DIFFERENCE not in row.subject]
+
+
+def title_of(row: Row) -> str:
+    """The backbone of a row: "refined, raw patterns" is of "refined"."""
+    return row.subject.partition(",")[0]
+
+
+def subject_rows(result: Result) -> tuple[Row, Row, Row] | None:
+    """The rows of raw, of refined and of their difference; None where a result lacks one."""
+    rows = plain_rows(result)
+    if len(rows) < 2:
+        return None
+    raw, refined = rows[0], rows[1]
+    wanted = f"{refined.subject}{DIFFERENCE}{raw.subject}"
+    difference = next((row for row in result.rows if row.subject == wanted), None)
+    return None if difference is None else (raw, refined, difference)
+
+
+def find(measured: Measured, results: Sequence[Result]) -> list[Finding]:
+    """The numbers of the page's head: of every result its first one, and the spurious share.
+
+    A recorded measurement of spurious tokens is of more images than the page shows: where there is
+    one, it stands for the shown images.
+    """
+    found = [one for result in results for one in _of_result(result)]
+    if not any(one.title.startswith(SPURIOUS) for one in found):
+        found = [*_of_images(measured), *found]
+    return sorted(found, key=lambda one: not one.title.startswith(SPURIOUS))
+
+
+def sentence(findings: Sequence[Finding]) -> str:
+    """The findings in one sentence or two; what is worse is always named."""
+    parts: dict[Outcome, list[str]] = {"better": [], "worse": [], "unclear": [], "unknown": []}
+    for one in findings:
+        parts[one.outcome].append(one.title)
+    known = len(findings) - len(parts["unknown"])
+    kinds: tuple[tuple[Outcome, str], ...] = (
+        ("better", "better in"),
+        ("worse", "worse in"),
+        ("unclear", "not clearly different in"),
+    )
+    texts = []
+    for outcome, words in kinds:
+        names = parts[outcome]
+        if not names:
+            continue
+        if known <= _FEW:
+            texts.append(f"{words} {_listed(names)}")
+            continue
+        count = f"{len(names)} of {known} numbers" if not texts else str(len(names))
+        is_named = outcome == "worse" or len(names) <= _FEW
+        texts.append(f"{words} {count} ({_listed(names)})" if is_named else f"{words} {count}")
+    name = findings[0].names[1] if findings else ""
+    subject = "The refined backbone" if name == "refined" else f"The backbone called {name}"
+    text = f"{subject} is {'; '.join(texts)}." if texts else ""
+    if parts["unknown"]:
+        text += f" Measured once, so without an interval: {_listed(parts['unknown'])}."
+    return text.strip()
+
+
+def _of_images(measured: Measured) -> list[Finding]:
+    if len(measured.subjects) < 2:
+        return []
+    names = measured.subjects[0], measured.subjects[-1]
+    shares = measured.shares()
+    num = len(measured.shown)
+    raw = [100 * one.fp_gp for one in shares[names[0]]]
+    found = []
+    for row, title in ((names[1], SPURIOUS), (OWN_PATTERNS, _OWN)):
+        refined = [100 * one.fp_gp for one in shares[row]]
+        found.append(
+            Finding(
+                title=f"{title} (FP or GP)",
+                names=names,
+                unit="percent",
+                better="lower",
+                raw=sum(raw) / num,
+                refined=sum(refined) / num,
+                difference=bootstrap([b - a for a, b in zip(raw, refined, strict=True)]),
+                source=f"the {num} images below" if num > 1 else "the image below",
+            )
+        )
+    return found
+
+
+def _of_result(result: Result) -> list[Finding]:
+    rows = subject_rows(result)
+    if rows is None:
+        return []
+    raw, refined, difference = rows
+    found = []
+    for score, before, change in zip(refined.scores, raw.scores, difference.scores, strict=True):
+        if not _leads(result, score):
+            continue
+        what = f"{score.name} on {result.dataset}"
+        if result.task == "spurious":
+            what = _SPURIOUS_TITLES.get(score.name, score.name)
+        count = change.interval.count
+        found.append(
+            Finding(
+                title=what,
+                names=(title_of(raw), title_of(refined)),
+                unit=score.unit,
+                better=score.better,
+                raw=before.interval.mean,
+                refined=score.interval.mean,
+                difference=change.interval,
+                source=_source(result, count),
+            )
+        )
+    return found
+
+
+def _source(result: Result, count: int) -> str:
+    """What a difference is over; of images with their size, which decides much of these shares."""
+    of = "image" if result.task == "spurious" else "seed"
+    text = f"{count} {of}s" if count > 1 else f"{count} {of}"
+    size = result.settings.get("size")
+    if result.task == "spurious" and isinstance(size, list):
+        text += f" at {' x '.join(map(str, size))} px"
+    return text
+
+
+def _leads(result: Result, score: Score) -> bool:
+    """Of most results the first score; of spurious tokens the joined share, and the views."""
+    if result.task != "spurious":
+        return score.name == result.rows[0].scores[0].name
+    return score.name in _SPURIOUS_TITLES or score.name.startswith("view ")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
