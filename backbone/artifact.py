@@ -15,7 +15,7 @@ nothing. Loading checks the digest of the weights and is strict about keys.
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -100,6 +100,8 @@ class Manifest(BaseModel):
     """SHA-256 of the weights, see `weights_digest`."""
     origin: Origin | None = None
     """The weights that were refined; left out of the file where it is not known."""
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """Results of `python -m trainer.evaluate --record`; left out where there are none."""
 
 
 class Artifact(NamedTuple):
@@ -126,6 +128,7 @@ def save_artifact(
     recipe: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
     weights_dtype: torch.dtype = torch.float32,
     learned_border: LearnableBorder | None = None,
     adapter: Path | None = None,
@@ -139,7 +142,7 @@ def save_artifact(
         border: The register border of the training.
         model_card: Text of README.md.
         native_size: (h, w) in pixels of the training; default the backbone's.
-        channel_mask, recipe, data, metrics: See `Manifest`.
+        channel_mask, recipe, data, metrics, evaluations: See `Manifest`.
         weights_dtype: What floating-point weights are stored in.
         learned_border: Needed by the fill `learnable`.
         adapter: A folder in PEFT format that is copied.
@@ -168,6 +171,7 @@ def save_artifact(
         data=dict(data or {}),
         versions=_versions(),
         metrics=dict(metrics or {}),
+        evaluations=tuple(dict(evaluation) for evaluation in evaluations),
         digest=weights_digest(state | border_state),
         origin=backbone.origin,
     )
@@ -260,8 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _manifest_text(manifest: Manifest) -> str:
-    """Without what is not known, so that versions from before `origin` read it too."""
-    unknown = {"origin"} if manifest.origin is None else set()
+    """Without what is not known, so that versions from before such a field read it too."""
+    unknown = {name for name in ("origin", "evaluations") if not getattr(manifest, name)}
     return manifest.model_dump_json(indent=2, exclude=unknown) + "\n"
 
 

@@ -70,6 +70,8 @@ class AdapterDescription(BaseModel):
     recipe: dict[str, Any]
     data: dict[str, Any] = {}
     metrics: dict[str, float] = {}
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """See `backbone.Manifest`; left out of the file where there are none."""
 
     def artifact_arguments(self) -> dict[str, Any]:
         """What `backbone.save_artifact` is to be told of the merged backbone."""
@@ -80,12 +82,16 @@ class AdapterDescription(BaseModel):
             "recipe": self.recipe,
             "data": self.data,
             "metrics": self.metrics,
+            "evaluations": self.evaluations,
             "weights_dtype": getattr(torch, self.weights_dtype),
         }
 
     def write(self, folder: Path) -> None:
         """Write the description into a folder."""
-        (folder / DESCRIPTION_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+        # Without what versions from before the field refuse.
+        unknown = set() if self.evaluations else {"evaluations"}
+        text = self.model_dump_json(indent=2, exclude=unknown) + "\n"
+        (folder / DESCRIPTION_FILE).write_text(text)
 
 
 def describe(

@@ -51,10 +51,13 @@ _SHOWN = ("loss", "alignment", "clean")
 
 
 def model_card(loop: Loop, metrics: dict[str, float]) -> str:
-    """The text of the card of a run that is done; measured quality is for others to add."""
+    """The text of the card of a run that is done, without what is measured of its artifact.
+
+    That is for `trainer.evaluate.record` to add, before the section on its use.
+    """
     refiner, recipe, progress = loop.refiner, loop.recipe, loop.progress
     backbone = refiner.backbone
-    base, licence = _base_weights(loop)
+    base, licence = base_weights(loop)
     shown = [n for n in metrics if n in _SHOWN or n.startswith("clean_")]
     return _CARD.substitute(
         backbone=backbone.name,
@@ -79,7 +82,7 @@ def model_card(loop: Loop, metrics: dict[str, float]) -> str:
     )
 
 
-def _base_weights(loop: Loop) -> tuple[str, str]:
+def base_weights(loop: Loop) -> tuple[str, str]:
     """What was refined, and its licence where the weights came with one."""
     section = loop.recipe.backbone
     if section.weights is not None:

@@ -290,6 +290,8 @@ class RunSection(Section):
     """Optimiser steps between pictures of the student in OUTPUT/snapshots; 0: none."""
     preview_images: Count = 4
     """Images in preview.png and in snapshots."""
+    measure_images: int = Field(16, ge=0)
+    """Images on which the artifact is measured when it is written, for its card; 0: none."""
     weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the artifact's weights are stored in."""
 

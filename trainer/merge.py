@@ -194,7 +194,7 @@ def apply_adapter(
     text = card.read_text() if card.is_file() else f"# {model.name}, refined\n"
     if scale != 1 or digest != description.base.digest:
         applied = {"adapter_scale": scale, "base_digest": digest}
-        arguments["data"] = description.data | applied
+        arguments |= {"data": description.data | applied, "evaluations": ()}
         text += (
             f"\nThe adapter was applied by `trainer.merge` at scale {scale:g} to weights of digest "
             f"`{digest}`; the numbers above are of scale 1 and weights of digest "

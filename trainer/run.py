@@ -1,4 +1,4 @@
-"""A run from images to artifact: prepare, train, merge, write.
+"""A run from images to artifact: prepare, train, merge, write, measure.
 
 OUTPUT/refined/         the artifact
 OUTPUT/metrics.jsonl    a record per step
@@ -20,7 +20,7 @@ from backbone import save_artifact
 from backbone.artifact import weights_digest
 from trainer.adapter_file import AdapterDescription, describe, write_extras
 from trainer.boards import check_boards
-from trainer.card import model_card
+from trainer.card import base_weights, model_card
 from trainer.checkpoint import check_same_run, fit_batches
 from trainer.config import Recipe
 from trainer.data import BadImages, find_images
@@ -28,6 +28,7 @@ from trainer.distributed import ALONE, Ranks
 from trainer.errors import TrainerError
 from trainer.loop import Identity, Loop, StopRequest
 from trainer.lora import Adapter
+from trainer.measured import measure_artifact
 from trainer.place import ARTIFACT_FOLDER, find_checkpoint, make_folder
 from trainer.prepare import (
     channel_mask,
@@ -57,6 +58,7 @@ _FREE_TO_CHANGE = {
         "checkpoint_every",
         "gradient_checkpointing",
         "log_every",
+        "measure_images",
         "preview_images",
         "snapshot_every",
         "tensorboard",
@@ -169,16 +171,33 @@ def refine(
     with determinism(recipe.run.deterministic):
         loop.train(stop, console)
     metrics: dict[str, float] = {}
+    peak = memory_gib(device)  # of the training alone
     if ranks.is_first:
         metrics = final_metrics(output)
         _write_artifact(loop, adapter, output / ARTIFACT_FOLDER, metrics, bf16=bf16)
+        base, _ = base_weights(loop)
+        refiner.to("meta")  # its memory is for what is measured now
+        measure_artifact(
+            output / ARTIFACT_FOLDER,
+            recipe,
+            folder,
+            bad,
+            reference_3SS=reference,
+            channels=channels,
+            base=base,
+            digest=identity.weights,
+            device=device,
+            bf16=bf16,
+            stop=stop,
+            console=console,
+        )
     return Summary(
         artifact=output / ARTIFACT_FOLDER,
         num_steps=loop.progress.step,
         num_images=len(folder),
         num_skipped=len(bad.paths),
         seconds=loop.progress.seconds,
-        memory_gib=memory_gib(device),
+        memory_gib=peak,
         channels=list(channels),
         precision="bf16" if bf16 else "fp32",
         metrics=metrics,

@@ -1,6 +1,7 @@
 """Pre-train the demo backbone from scratch, without labels, on a folder of photographs.
 
     python -m examples.demo_backbone.pretrain --images PHOTOS --output DIR --minutes 50
+    python -m examples.demo_backbone.pretrain --images PHOTOS --output NEXT --minutes 50 --start DIR
 
 Writes a folder that `timm.create_model("local-dir:DIR", pretrained=True)` loads. With `--minutes`
 the learning rate and the resolution follow the clock, so that the run ends on time on any machine;
@@ -43,6 +44,7 @@ ARCHITECTURE = "vit_tiny_patch16_224"
 PATCH_SIZE = 16
 SHORT_SIDE = 320
 LEARNING_RATE = 1.5e-3
+LATER_LEARNING_RATE = 1e-3  # of a run that starts from weights: what they know must survive it
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.04
 CLIP_NORM = 3.0
@@ -62,6 +64,8 @@ class Stage(NamedTuple):
 
 # Small views first: they teach most per second. The last stage is at the backbone's own resolution.
 STAGES = (Stage(0.5, 128, 0.5, 128), Stage(0.82, 160, 0.5, 96), Stage(math.inf, 224, 0.5, 64))
+# Of a run that starts from weights, up to grids of the size that dense features are asked for.
+LATER_STAGES = (Stage(0.45, 160, 0.5, 96), Stage(0.8, 224, 0.5, 64), Stage(math.inf, 320, 0.5, 32))
 
 
 class Budget:
@@ -84,24 +88,33 @@ class Budget:
         return self.seconds / (60.0 * self._minutes)
 
 
-def stage_at(progress: float) -> Stage:
-    return next(stage for stage in STAGES if progress < stage.until)
+class Schedule(NamedTuple):
+    """What follows the budget: views and learning rate."""
+
+    stages: tuple[Stage, ...]
+    peak: float
+
+    def stage(self, progress: float) -> Stage:
+        return next(stage for stage in self.stages if progress < stage.until)
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        if progress < WARM_UP:
+            return self.peak * progress / WARM_UP
+        phase = min(1.0, (progress - WARM_UP) / (1.0 - WARM_UP))
+        return self.peak * 0.5 * (1.0 + math.cos(math.pi * phase))
 
 
-def learning_rate_at(progress: float) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if progress < WARM_UP:
-        return LEARNING_RATE * progress / WARM_UP
-    phase = min(1.0, (progress - WARM_UP) / (1.0 - WARM_UP))
-    return LEARNING_RATE * 0.5 * (1.0 + math.cos(math.pi * phase))
+def build_encoder(start: Path | None) -> VisionTransformer:
+    """The architecture with random weights or those of a folder.
 
-
-def build_encoder() -> VisionTransformer:
-    """The architecture with random weights; what is built after it shares its attention kernels."""
+    What is built after it shares its attention kernels.
+    """
     # On a CPU the backward of fused attention is slower than the three plain operations for
     # sequences this short: 265 against 445 views per second at 33 tokens on two AMX cores.
     set_fused_attn(False)
-    encoder = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
+    name = ARCHITECTURE if start is None else f"local-dir:{start}"
+    encoder = timm.create_model(name, pretrained=start is not None, num_classes=0)
     assert isinstance(encoder, VisionTransformer)
     return encoder
 
@@ -127,7 +140,7 @@ class Trainer:
     def __init__(self, arguments: argparse.Namespace) -> None:
         torch.manual_seed(arguments.seed)
         self.generator = torch.Generator().manual_seed(arguments.seed)
-        self.encoder = build_encoder()
+        self.encoder = build_encoder(arguments.start)
         self.objective = Objective(
             self.encoder.embed_dim,
             patch_size=PATCH_SIZE,
@@ -190,23 +203,27 @@ class Trainer:
 
 
 def train(
-    trainer: Trainer, sampler: ViewSampler, budget: Budget, checkpoint: Path
+    trainer: Trainer,
+    sampler: ViewSampler,
+    budget: Budget,
+    schedule: Schedule,
+    checkpoint: Path,
 ) -> dict[str, float]:
     """Train until the budget is spent; returns the mean of each loss over the last interval."""
     sums = torch.zeros(5)
     count = 0
     means: dict[str, float] = {}
     saved_at = budget.seconds
-    stage = stage_at(budget.progress(trainer.step))
+    stage = schedule.stage(budget.progress(trainer.step))
     upcoming = sampler.prefetch(stage.num_photos, stage.side)
     while (progress := budget.progress(trainer.step)) < 1.0:
         current, views = stage, upcoming.result()
-        stage = stage_at(progress)
+        stage = schedule.stage(progress)
         upcoming = sampler.prefetch(stage.num_photos, stage.side)
         losses = trainer.update(
             views,
             visible_fraction=current.visible_fraction,
-            learning_rate=learning_rate_at(progress),
+            learning_rate=schedule.learning_rate(progress),
         )
         sums += torch.stack(losses[:5]).detach()
         count += 1
@@ -249,8 +266,21 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("MASKED", "SCENE", "PLACE", "SPREAD"),
         help="weights of the losses, default %(default)s",
     )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="folder of an earlier run to start from: only the encoder, with larger views",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from OUTPUT/checkpoint.pt")
     return parser.parse_args()
+
+
+def _start_record(start: Path | None) -> dict[str, object] | None:
+    """What the run that this one started from says of itself."""
+    if start is None:
+        return None
+    record: dict[str, object] = json.loads((start / "pretrain.json").read_text())
+    return record
 
 
 def main() -> None:
@@ -268,10 +298,16 @@ def main() -> None:
     sampler_generator = torch.Generator().manual_seed(arguments.seed + trainer.step)
     sampler = ViewSampler(photos, sampler_generator, threads=1)
     budget = Budget(minutes=arguments.minutes, steps=arguments.steps, spent_seconds=spent_seconds)
-    losses = train(trainer, sampler, budget, checkpoint)
+    schedule = (
+        Schedule(STAGES, LEARNING_RATE)
+        if arguments.start is None
+        else Schedule(LATER_STAGES, LATER_LEARNING_RATE)
+    )
+    losses = train(trainer, sampler, budget, schedule, checkpoint)
 
     record = {
         "seed": arguments.seed,
+        "start": _start_record(arguments.start),
         "num_photos": len(photos),
         "steps": trainer.step,
         "views_seen": trainer.views_seen,

@@ -85,8 +85,21 @@ def test_the_origin_of_the_weights_is_kept(tmp_path):
 def test_a_manifest_of_unknown_origin_is_as_older_versions_read_it(tmp_path):
     folder = tiny_artifact(tmp_path / "a")
 
-    assert "origin" not in json.loads((folder / "refinery.json").read_text())
+    assert not {"origin", "evaluations"} & json.loads((folder / "refinery.json").read_text()).keys()
     assert load_artifact(folder).manifest.origin is None
+    assert load_artifact(folder).manifest.evaluations == ()
+
+
+def test_results_of_evaluations_are_kept(tmp_path):
+    folder = tiny_artifact(tmp_path / "a", evaluations=[{"task": "depth", "rows": [1.5]}])
+
+    manifest = load_artifact(folder).manifest
+
+    assert manifest.evaluations == ({"task": "depth", "rows": [1.5]},)
+    assert manifest.digest == load_artifact(tiny_artifact(tmp_path / "b")).manifest.digest
+    _edit_manifest(folder, evaluations=["seventy"])
+    with pytest.raises(ArtifactError, match="evaluations"):
+        load_artifact(folder)
 
 
 def test_an_artifact_is_loaded_in_the_precision_asked_for(tmp_path):

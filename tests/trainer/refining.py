@@ -24,6 +24,7 @@ SMALL = [
     "run.precision=fp32",
     "channels.max_channels=0",
     "run.preview_images=1",
+    "run.measure_images=0",
 ]
 
 

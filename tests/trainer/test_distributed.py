@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from backbone import read_manifest
 from tests.support import tiny_backbone
 from tests.trainer.processes import in_processes
 from tests.trainer.refining import (
@@ -111,22 +112,31 @@ def part_of_a_run(ranks, folder, stop_after):
     return None
 
 
-def run_alone(folder, *, batch, output="out", **changes):
+def run_to_its_end(ranks, folder):
+    """A run of one step by all ranks, measured by the first; how many results are in it then."""
+    settings = ["run.max_steps=1", "run.measure_images=2"]
+    artifact = run_alone(folder, *settings, batch=2, output="measured", ranks=ranks).artifact
+    return len(read_manifest(artifact).evaluations) if ranks.is_first else None
+
+
+def run_alone(folder, *settings, batch, output="out", **changes):
     recipe = small_recipe(
         f"backbone.name={folder / 'model'}",
         f"data.batch_size={batch}",
         "data.epochs=2",
         "optim.schedule=cosine",
         "lora.dropout=0",
+        *settings,
     )
-    settings = {"stop": StopRequest(), "console": Console(quiet=True)} | changes
+    changes = {"stop": StopRequest(), "console": Console(quiet=True)} | changes
     device = torch.device("cpu")
-    return refine(recipe, folder / "images", folder / output, device=device, **settings)
+    return refine(recipe, folder / "images", folder / output, device=device, **changes)
 
 
 def in_two(ranks, folder):
     """Everything that two processes are asked, so that they start once."""
-    return steps(ranks, SETTINGS), errors(ranks), part_of_a_run(ranks, folder, stop_after=2)
+    stopped = part_of_a_run(ranks, folder, stop_after=2)
+    return steps(ranks, SETTINGS), errors(ranks), stopped, run_to_its_end(ranks, folder)
 
 
 SETTINGS = [[], REJECTS_ALL, ["loss.matched=false", "filters.attention_hijack.variant=release"]]
@@ -161,7 +171,7 @@ def assert_same_steps(ranks):
 
 
 def test_terms_and_gradients_are_those_of_one_process_with_all_images(two):
-    assert_same_steps([own for own, _, _ in two])
+    assert_same_steps([own for own, *_ in two])
 
 
 @pytest.mark.slow
@@ -170,7 +180,7 @@ def test_four_processes_take_the_same_step_too(tmp_path):
 
 
 def test_an_error_in_one_process_ends_all_and_one_tells(two):
-    (_, first, _), (_, second, _) = two
+    (_, first, *_), (_, second, *_) = two
 
     assert first == [
         "PeerError('process 1 says why')",
@@ -187,7 +197,7 @@ def test_an_error_in_one_process_ends_all_and_one_tells(two):
 
 
 def test_a_stop_of_one_process_stops_all_and_another_number_of_them_goes_on(folder, two):
-    stopped = [heard for _, _, heard in two]
+    stopped = [heard for _, _, heard, _ in two]
     written = load_checkpoint(folder / "out" / "checkpoint.pt")
 
     with pytest.raises(CheckpointError, match="set data.batch_size to 1 or 2 or 4"):
@@ -205,6 +215,10 @@ def test_a_stop_of_one_process_stops_all_and_another_number_of_them_goes_on(fold
     adapters = [load_checkpoint(folder / o / "checkpoint.pt").parameters for o in ("out", "whole")]
     # AdamW divides by the root of tiny second moments, which magnifies what rounding changes.
     torch.testing.assert_close(*adapters, rtol=1e-3, atol=1e-5)
+
+
+def test_one_process_measures_the_artifact_and_the_others_do_not_wait(two):
+    assert [found for *_, found in two] == [1, None]
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ def refined(folder: Path, *settings: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return refined(tmp_path_factory.mktemp("merge"), "lora.rank=3", "optim.lr=1e-2")
+    settings = ("lora.rank=3", "optim.lr=1e-2", "run.measure_images=1")
+    return refined(tmp_path_factory.mktemp("merge"), *settings)
 
 
 def merge(adapter, output, *more, backbone):

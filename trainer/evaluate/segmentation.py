@@ -1,226 +1,150 @@
-"""Semantic segmentation by a linear probe, on a folder of images and label maps.
+"""Semantic segmentation by a linear probe: raw and refined features on a labelled data set.
 
-DATA/classes.json                 {"0": "Sky", "1": "Building", ...}
-DATA/{train,val}/images/NAME.jpg  photographs
-DATA/{train,val}/labels/NAME.png  one class number per pixel, 255 = ignore
+result = evaluate_segmentation(dataset, subjects, store=store, size=(352, 480), ...)
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from pydantic import JsonValue
 
-from backbone.errors import RefineryError
-from trainer.evaluate.probe import ProbeResult, ProbeSettings, linear_probe
+from trainer.evaluate.datasets import SegmentationDataset
+from trainer.evaluate.feature_store import FeatureStore
+from trainer.evaluate.heads import Advance
+from trainer.evaluate.images import Size
+from trainer.evaluate.probe import ProbeSettings, SegmentationProbe, segmentation_probe
+from trainer.evaluate.probing import Parts, Targets, check_dataset, describe_all, probe_all
+from trainer.evaluate.progress import SILENT, Progress
+from trainer.evaluate.results import CLASS_IOU, Result, Row, new_result, score
+from trainer.evaluate.subjects import Subject
+from trainer.evaluate.windows import Windows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-# Images uint8 [B, 3, H, W] to patch tokens [B, N, C], raster order.
-Encode = Callable[[Tensor], Tensor]
-
-
-class DatasetError(RefineryError):
-    """A folder that is not a segmentation data set."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image and its label map."""
-
-    image: Path
-    label: Path
-
-
-@dataclass(frozen=True)
-class SegmentationDataset:
-    """A labelled data set on disk.
-
-    Attributes:
-        name: The folder's name.
-        classes: Class names; the position is the class number.
-        train: Samples to fit the probe on, sorted by name.
-        val: Samples to score it on, sorted by name.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: tuple[Sample, ...]
-    val: tuple[Sample, ...]
-
-    @classmethod
-    def open(cls, folder: Path) -> SegmentationDataset:
-        """List a data set; pixels are read later.
-
-        Raises:
-            DatasetError: A part, the classes, or the label of an image is missing.
-        """
-        return cls(
-            name=folder.resolve().name,
-            classes=_read_classes(folder / "classes.json"),
-            train=_list_samples(folder / "train"),
-            val=_list_samples(folder / "val"),
-        )
-
-
-@dataclass(frozen=True)
-class SegmentationResult:
-    """What the probe reached, and how.
-
-    Attributes:
-        dataset: Name of the data set.
-        size: (height, width) that images were resized to, in pixels.
-        classes: Names, in the order of the scores' `class_iou`.
-        probe: Scores, and mIoU by learning rate.
-        encode_seconds: Reading and encoding all images.
-        probe_seconds: Training and scoring the probe.
-    """
-
-    dataset: str
-    size: tuple[int, int]
-    classes: tuple[str, ...]
-    probe: ProbeResult
-    encode_seconds: float
-    probe_seconds: float
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    try:
-        names = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DatasetError(
-            f'{path} is missing; it names the classes, like {{"0": "Sky", "1": "Building"}}'
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{path} is not JSON: {error}") from error
-    expected = [str(number) for number in range(len(names))] if isinstance(names, dict) else []
-    if not expected or sorted(names, key=str) != sorted(expected):
-        raise DatasetError(f'{path} must number its classes from 0 without gaps, like {{"0": ...}}')
-    return tuple(str(names[number]) for number in expected)
-
-
-def _list_samples(folder: Path) -> tuple[Sample, ...]:
-    images = sorted(
-        path for path in (folder / "images").glob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-    )
-    if not images:
-        raise DatasetError(f"no images in {folder / 'images'}")
-    samples = [Sample(path, folder / "labels" / f"{path.stem}.png") for path in images]
-    missing = [sample for sample in samples if not sample.label.is_file()]
-    if missing:
-        raise DatasetError(
-            f"{len(missing)} of {len(samples)} images in {folder / 'images'} have no label; the "
-            f"first missing one is {missing[0].label}"
-        )
-    return tuple(samples)
-
-
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """An RGB image resized to (height, width), without keeping its aspect; uint8 `[3, H, W]`."""
-    height, width = size
-    with Image.open(path) as opened:
-        resized = opened.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-
-
-def read_label(path: Path) -> Tensor:
-    """A label map at its own size; uint8 `[H, W]`.
-
-    Raises:
-        DatasetError: The file is not a single-channel image of class numbers.
-    """
-    with Image.open(path) as opened:
-        if opened.mode not in ("L", "P"):
-            raise DatasetError(f"{path} has mode {opened.mode}; a label map has one 8-bit channel")
-        return torch.from_numpy(np.array(opened))
-
-
-def _encode_all(
-    samples: tuple[Sample, ...], encode: Encode, *, size: tuple[int, int], batch_size: int
-) -> Iterator[Tensor]:
-    """Token grids `[h, w, C]` of all samples, in float16: half the memory of float32."""
-    with ThreadPoolExecutor(2) as pool:
-        pixels = pool.map(lambda sample: read_image(sample.image, size), samples)
-        for start in range(0, len(samples), batch_size):
-            count = min(batch_size, len(samples) - start)
-            tokens_BNC = encode(torch.stack([next(pixels) for _ in range(count)]))
-            h, w = _token_grid(tokens_BNC.shape[1], size)
-            yield from tokens_BNC.half().reshape(count, h, w, -1)
-
-
-def _token_grid(num_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid of square patches that gives this number of tokens."""
-    height, width = size
-    for patch_size in range(1, min(size) + 1):
-        h, w = height // patch_size, width // patch_size
-        if (h * patch_size, w * patch_size) == size and h * w == num_tokens:
-            return h, w
-    raise DatasetError(
-        f"{num_tokens} tokens are no grid of square patches of {height}x{width} px; choose a size "
-        "that is a whole number of patches"
-    )
-
-
-@torch.inference_mode()
-def _encode_part(
-    samples: tuple[Sample, ...], encode: Encode, *, size: tuple[int, int], batch_size: int
-) -> list[Tensor]:
-    return list(_encode_all(samples, encode, size=size, batch_size=batch_size))
+_NORMALIZATION = {
+    "batch": "batch normalisation by the statistics of train",
+    "whitening": "whitening by the statistics of train (DINOv2: batch normalisation)",
+}
 
 
 def evaluate_segmentation(
     dataset: SegmentationDataset,
-    encode: Encode,
+    subjects: Sequence[Subject],
     *,
-    size: tuple[int, int],
+    store: FeatureStore,
+    size: Size,
+    windows: Windows | None = None,
     batch_size: int = 16,
-    settings: Sequence[ProbeSettings] = (ProbeSettings(),),
-) -> list[SegmentationResult]:
-    """Encode a data set once, then train and score linear probes on its tokens.
+    settings_by_seed: Sequence[ProbeSettings] = (ProbeSettings(),),
+    device: torch.device | str = "cpu",
+    progress: Progress = SILENT,
+) -> Result:
+    """Train and score a linear probe for every subject and seed.
+
+    Features and finished probes are kept in the store: a run that was killed goes on.
 
     Args:
-        dataset: What to evaluate on.
-        encode: Frozen backbone: uint8 images `[B, 3, H, W]` to patch tokens `[B, N, C]`.
-        size: (height, width) to resize images to, in pixels; whole numbers of patches.
-        batch_size: Images per call of `encode`.
-        settings: Of each probe, as of several seeds.
+        dataset: Has both parts, train and val.
+        subjects: Raw first.
+        store: Keeps features.
+        size: Of images, see `FeatureStore.features`.
+        windows: See `encode_grid`.
+        batch_size: Most images encoded at once.
+        settings_by_seed: Of each probe; they differ by their seed.
+        device: Where probes are trained.
+        progress: Is told how far this is.
 
-    Returns:
-        One result per entry of `settings`.
+    Raises:
+        RefineryError: Data, features or settings that no probe can be trained on.
     """
     started = time.monotonic()
-    train_tokens = _encode_part(dataset.train, encode, size=size, batch_size=batch_size)
-    val_tokens = _encode_part(dataset.val, encode, size=size, batch_size=batch_size)
-    encoded = time.monotonic()
-    train_labels = [read_label(sample.label) for sample in dataset.train]
-    val_labels = [read_label(sample.label) for sample in dataset.val]
-    results = []
-    for probe_settings in settings:
-        probing = time.monotonic()
-        probe = linear_probe(
-            train_tokens,
+    check_dataset(dataset, subjects, settings_by_seed)
+    train_labels = Targets(dataset.train, dataset.read_label)
+    val_labels = Targets(dataset.val, dataset.read_label)
+
+    def measure(parts: Parts, settings: ProbeSettings, advance: Advance) -> SegmentationProbe:
+        return segmentation_probe(
+            parts.train_grids,
             train_labels,
-            val_tokens,
+            parts.val_grids,
             val_labels,
             num_classes=len(dataset.classes),
-            settings=probe_settings,
+            settings=settings,
+            device=device,
+            advance=advance,
         )
-        results.append(
-            SegmentationResult(
-                dataset=dataset.name,
-                size=size,
-                classes=dataset.classes,
-                probe=probe,
-                encode_seconds=encoded - started,
-                probe_seconds=time.monotonic() - probing,
-            )
-        )
-    return results
+
+    probed = probe_all(
+        dataset,
+        subjects,
+        SegmentationProbe,
+        measure,
+        store=store,
+        size=size,
+        windows=windows,
+        batch_size=batch_size,
+        settings_by_seed=settings_by_seed,
+        decides={"layout": dataset.layout, "classes": list(dataset.classes)},
+        device=device,
+        progress=progress,
+    )
+    return new_result(
+        task="segmentation",
+        dataset=dataset.name,
+        protocol=_protocol(dataset, settings_by_seed[0]),
+        settings=describe_all(settings_by_seed, size, windows),
+        rows=[_row(subject, probes, dataset.classes) for subject, probes in probed],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _protocol(dataset: SegmentationDataset, settings: ProbeSettings) -> str:
+    return (
+        "Linear probe on frozen patch tokens of the last layer after DINOv2 (arXiv:2304.07193, "
+        f"section 7.4): {_NORMALIZATION[settings.normalization]}, a 1x1 convolution, logits "
+        f"upsampled bilinearly to the label, trained on {len(dataset.train)} images without "
+        f"augmentation and scored at every labelled pixel of {len(dataset.val)}; of "
+        f"{len(settings.learning_rates)} learning rates the best on these same images counts, as "
+        "is the field's habit, for raw and refined alike."
+    )
+
+
+def _row(subject: Subject, probes: Sequence[SegmentationProbe], classes: Sequence[str]) -> Row:
+    scores = [probe.scores for probe in probes]
+    class_iou: dict[str, JsonValue] = {
+        name: _mean_percent([each.class_iou[number] for each in scores])
+        for number, name in enumerate(classes)
+    }
+    rates: list[JsonValue] = [probe.best_learning_rate for probe in probes]
+    by_rate: list[JsonValue] = [
+        {f"{rate:g}": 100 * miou for rate, miou in probe.miou_by_learning_rate.items()}
+        for probe in probes
+    ]
+    return Row(
+        subject=subject.name,
+        spec=subject.spec,
+        digest=subject.digest,
+        scores=(
+            score("mIoU", [100 * s.miou for s in scores], better="higher", unit="percent"),
+            score("mAcc", [100 * s.mean_accuracy for s in scores], better="higher", unit="percent"),
+            score(
+                "pixel accuracy",
+                [100 * s.pixel_accuracy for s in scores],
+                better="higher",
+                unit="percent",
+            ),
+        ),
+        details={
+            CLASS_IOU: class_iou,
+            "best_learning_rates": rates,
+            "miou_by_learning_rate": by_rate,
+            "at_edge_of_learning_rates": any(probe.is_at_edge for probe in probes),
+        },
+    )
+
+
+def _mean_percent(values: Sequence[float | None]) -> float | None:
+    """Over the seeds in which the class was met."""
+    met = [value for value in values if value is not None]
+    return 100 * sum(met) / len(met) if met else None

@@ -8,27 +8,33 @@ and joined with a strip of the reference image. A token is
 * an attention hijackee (AH) when it gets little attention from the image's tokens.
 
 "Resembles" is a cosine above a threshold. A refined backbone is compared with its raw one under the
-same thresholds (`Thresholds.of_scores` of the raw one) and, with `against`, by the same patterns:
-what is counted then is how many of its tokens still carry the raw backbone's spurious features.
-Against its own patterns the two differ in both, tokens and what they are compared with.
+same thresholds (`Thresholds.of_scores` of the raw one) and by the same patterns: what is counted
+then is how many of its tokens still carry the raw backbone's spurious features. Against its own
+patterns the two differ in both, tokens and what they are compared with.
 
 Dimension key: B = images, N = tokens of an image, S = tokens of unrelated content, C = channels.
 
 Source: UniRefiner, arXiv:2605.19622, the three kinds and their tests.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from backbone import DenseEncoder, DenseFeatures
+from backbone import DenseEncoder
 from backbone.registers import register_mask
 from kernels import Flow
 from trainer.channels import unit_tokens
 from trainer.crops import Side, compose
 from trainer.filters import attention_hijack, crop_inflow, max_cosine_scores
+
+Encode = Callable[[Tensor], Sequence[Tensor]]
+"""uint8 images [B, 3, h, w] to tokens [B, N, C] of every layer that is measured."""
+
+STRIP_SHARE = 0.35
+"""Width of the strip over the image's."""
 
 
 class SpuriousScores(NamedTuple):
@@ -37,6 +43,11 @@ class SpuriousScores(NamedTuple):
     fixed_pattern: Tensor  # [tokens], best cosine with the reference image's tokens
     global_proxy: Tensor  # [tokens], best cosine with the strip's tokens
     is_hijacked: Tensor  # bool [tokens]; all False without attention layers
+
+    def by_image(self, num_images: int) -> list["SpuriousScores"]:
+        """The scores of each image, all of one size."""
+        parts = (scores.chunk(num_images) for scores in self)
+        return [SpuriousScores(*scores) for scores in zip(*parts, strict=True)]
 
 
 class Thresholds(NamedTuple):
@@ -60,8 +71,121 @@ class SpuriousShares(NamedTuple):
     fp_gp: float
     """Fixed pattern or global proxy."""
     hijacked: float
+    """0 also where nobody asked for it."""
     clean: float
     """None of the three."""
+
+
+class Pair(NamedTuple):
+    """Whose tokens are compared with whose patterns: numbers of encoders."""
+
+    tokens: int
+    patterns: int
+
+
+@torch.inference_mode()
+def pattern_scores(
+    encoders: Sequence[Encode],
+    pairs: Sequence[Pair],
+    images: Iterable[Tensor],
+    reference: Tensor,
+    *,
+    patch_size: int,
+    channels: Sequence[int] = (),
+    strip_share: float = STRIP_SHARE,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[list[SpuriousScores]]:
+    """Score every token of some images; every encoder encodes an image twice, whatever the pairs.
+
+    Args:
+        encoders: The backbones as they are served.
+        pairs: What is compared with what.
+        images: uint8 [3, h, w], whole patches, all of one size.
+        reference: The reference image, uint8, at the same size.
+        patch_size: Of all encoders.
+        channels: Channels to zero before cosines; a refined backbone's manifest has them.
+        strip_share: Width of the strip over the image's.
+        advance: Told about every image that is done.
+
+    Returns:
+        The scores of every pair, and in it of every layer of the encoders.
+    """
+
+    def unit(layers: Sequence[Tensor]) -> list[Tensor]:
+        return [unit_tokens(tokens, _channel_index(channels, tokens)) for tokens in layers]
+
+    reference_13hw = reference[None]
+    references = [unit(encode(reference_13hw)) for encode in encoders]
+    num_layers = len(references[0])
+    found: list[list[tuple[list[Tensor], list[Tensor]]]] = [
+        [([], []) for _ in range(num_layers)] for _ in pairs
+    ]
+    sides = get_args(Side)
+    for number, image in enumerate(images):
+        image_13hw = image[None]
+        composite = compose(
+            image_13hw,
+            reference_13hw,
+            side=sides[number % len(sides)],  # every side as often, the same for every backbone
+            share=strip_share,
+            patch_size=patch_size,
+        )
+        alone = [unit(encode(image_13hw)) for encode in encoders]
+        joined = [unit(encode(composite.pixels)) for encode in encoders]
+        for (of, against), layers in zip(pairs, found, strict=True):
+            for layer, (fixed, proxies) in enumerate(layers):
+                own_1TC, other_1TC = joined[of][layer], joined[against][layer]
+                is_image = composite.is_crop.to(own_1TC.device)
+                fixed.append(max_cosine_scores(alone[of][layer], references[against][layer]))
+                proxies.append(max_cosine_scores(own_1TC[:, is_image], other_1TC[:, ~is_image]))
+        advance(1)
+    if not found[0][0][0]:
+        raise ValueError("no images to score")
+    return [[_joined(*parts) for parts in layers] for layers in found]
+
+
+def _joined(fixed: list[Tensor], proxies: list[Tensor]) -> SpuriousScores:
+    fixed_pattern = torch.cat(fixed).flatten().cpu()
+    nobody = torch.zeros_like(fixed_pattern, dtype=torch.bool)
+    return SpuriousScores(fixed_pattern, torch.cat(proxies).flatten().cpu(), nobody)
+
+
+def _channel_index(channels: Sequence[int], tokens: Tensor) -> Tensor | None:
+    return torch.tensor(list(channels), device=tokens.device) if channels else None
+
+
+@torch.inference_mode()
+def hijacked_tokens(
+    encoder: DenseEncoder,
+    images: Iterable[Tensor],
+    *,
+    layers: Sequence[int],
+    register_width: int | None = None,
+    flow: Flow = "paper",
+    threshold: float = -0.5,
+) -> Tensor:
+    """Which tokens of images are attention hijackees, one image after the other: bool [tokens].
+
+    Args:
+        encoder: The backbone as it is served.
+        images: uint8 [3, h, w], whole patches, all of one size.
+        layers: Blocks whose attention is summed.
+        register_width: Of the border, in patches; default the artifact's rule.
+        flow: See `kernels.attention_inflow`.
+        threshold: Standard deviations of the image, see `trainer.filters.attention_hijack`.
+    """
+    found = []
+    for image in images:
+        with encoder.backbone.tap_attention(layers) as taps:
+            features = encoder.encode(image[None], register_width=register_width)[0]
+        height, image_width = image.shape[-2:]
+        width = encoder.register_width(height, image_width, register_width)
+        is_image = ~register_mask(features.grid, width, encoder.device)
+        positions = encoder.backbone.num_prefix_tokens + is_image.nonzero().flatten()
+        inflow_1N = crop_inflow([taps[layer] for layer in taps], positions, variant=flow)
+        kept_1N = torch.ones_like(inflow_1N, dtype=torch.bool)
+        found.append(~attention_hijack(inflow_1N, kept_1N, threshold=threshold))
+    return torch.cat(found).flatten().cpu()
 
 
 def spurious_scores(
@@ -72,70 +196,34 @@ def spurious_scores(
     against: DenseEncoder | None = None,
     channels: Sequence[int] = (),
     attention_layers: Sequence[int] = (),
-    flow: Flow = "paper",
-    hijack_threshold: float = -0.5,
-    strip_share: float = 0.35,
+    strip_share: float = STRIP_SHARE,
 ) -> SpuriousScores:
-    """Score every token of some images.
+    """Score one backbone's last layer.
 
     Args:
-        encoder: The backbone as it is served.
-        images: uint8 [3, h, w], whole patches, all of one size.
-        reference: The reference image, uint8, at the same size.
-        against: Whose tokens of the reference image and the strips are compared with; default the
-            encoder's own.
-        channels: Channels to zero before cosines; a refined backbone's manifest has them.
-        attention_layers: Blocks whose attention is tapped for AH; none skips the test.
-        flow: See `kernels.attention_inflow`.
-        hijack_threshold: Standard deviations, see `trainer.filters.attention_hijack`.
-        strip_share: Width of the strip over the image's.
+        encoder, images, reference, channels, strip_share: See `pattern_scores`.
+        against: Whose patterns are looked for; default the encoder's own.
+        attention_layers: Blocks for the test of AH, see `hijacked_tokens`; none skips it.
     """
-    against = against or encoder
-    index = torch.tensor(list(channels), device=encoder.device) if channels else None
-
-    def unit(features: DenseFeatures) -> Tensor:
-        return unit_tokens(features.tokens, index)
-
-    reference_13hw = reference[None]
-    reference_1SC = unit(against.encode(reference_13hw)[0])
-    sides = get_args(Side)
-    fixed, proxies, hijacked = [], [], []
-    for number, image in enumerate(images):
-        image_13hw = image[None]
-        with encoder.backbone.tap_attention(attention_layers) as taps:
-            alone = encoder.encode(image_13hw)[0]
-        fixed.append(max_cosine_scores(unit(alone), reference_1SC))
-        side = sides[number % len(sides)]  # every side as often, and the same for every backbone
-        composite = compose(
-            image_13hw,
-            reference_13hw,
-            side=side,
-            share=strip_share,
-            patch_size=encoder.patch_size,
-        )
-        joined_1TC = unit(encoder.encode(composite.pixels)[0])
-        compared_1TC = (
-            joined_1TC if against is encoder else unit(against.encode(composite.pixels)[0])
-        )
-        is_image = composite.is_crop.to(joined_1TC.device)
-        proxies.append(max_cosine_scores(joined_1TC[:, is_image], compared_1TC[:, ~is_image]))
-        if attention_layers:
-            inflow_1N = crop_inflow(
-                [taps[layer] for layer in taps], _image_positions(encoder, alone), variant=flow
-            )
-            kept_1N = torch.ones_like(inflow_1N, dtype=torch.bool)
-            clean_1N = attention_hijack(inflow_1N, kept_1N, threshold=hijack_threshold)
-            hijacked.append(~clean_1N)
-    if not fixed:
-        raise ValueError("no images to score")
-    fixed_pattern = torch.cat(fixed).flatten().cpu()
-    return SpuriousScores(
-        fixed_pattern,
-        torch.cat(proxies).flatten().cpu(),
-        torch.cat(hijacked).flatten().cpu()
-        if hijacked
-        else torch.zeros_like(fixed_pattern, dtype=torch.bool),
+    images = list(images)
+    encoders = [encoder] if against is None or against is encoder else [encoder, against]
+    [[scores]] = pattern_scores(
+        [_last_layer(each) for each in encoders],
+        [Pair(0, len(encoders) - 1)],
+        images,
+        reference,
+        patch_size=encoder.patch_size,
+        channels=channels,
+        strip_share=strip_share,
     )
+    if not attention_layers:
+        return scores
+    hijacked = hijacked_tokens(encoder, images, layers=attention_layers)
+    return scores._replace(is_hijacked=hijacked)
+
+
+def _last_layer(encoder: DenseEncoder) -> Encode:
+    return lambda images: [features.tokens for features in encoder.encode(images)]
 
 
 def spurious_shares(scores: SpuriousScores, thresholds: Thresholds) -> SpuriousShares:
@@ -153,70 +241,4 @@ def spurious_shares(scores: SpuriousScores, thresholds: Thresholds) -> SpuriousS
         fp_gp=share(is_fp_gp),
         hijacked=share(scores.is_hijacked),
         clean=share(~is_fp_gp & ~scores.is_hijacked),
-    )
-
-
-def _image_positions(encoder: DenseEncoder, features: DenseFeatures) -> Tensor:
-    """Where the image's tokens are among all tokens of the backbone's forward."""
-    h, w = features.grid
-    p = features.patch_size
-    width = encoder.register_width(h * p, w * p)
-    is_image = ~register_mask(features.grid, width, encoder.device)
-    return encoder.backbone.num_prefix_tokens + is_image.nonzero().flatten()
-
-
-class SpuriousReport(NamedTuple):
-    """Shares of one backbone, or of a refined one beside its raw one."""
-
-    num_images: int
-    size: int
-    thresholds: Thresholds
-    channels: tuple[int, ...]
-    shares: dict[str, SpuriousShares]
-    """With a baseline `raw`, `refined, raw patterns`, `refined, own patterns`; else `model`."""
-
-
-def compare_spurious(
-    encoder: DenseEncoder,
-    baseline: DenseEncoder | None,
-    images: Sequence[Tensor],
-    reference: Tensor,
-    *,
-    sigma: float | None = None,
-    threshold: float = 0.5,
-    channels: Sequence[int] = (),
-    attention_layers: Sequence[int] = (),
-) -> SpuriousReport:
-    """Count spurious tokens of a backbone, and of the raw one it was refined from.
-
-    Args:
-        encoder: The backbone.
-        baseline: The raw one; it sets the thresholds and the patterns.
-        images, reference: See `spurious_scores`.
-        sigma: Thresholds are the raw backbone's mean score plus so many deviations.
-        threshold: Cosine for both kinds, without `sigma`.
-        channels, attention_layers: See `spurious_scores`.
-    """
-
-    def score(of: DenseEncoder, against: DenseEncoder | None = None) -> SpuriousScores:
-        return spurious_scores(
-            of,
-            images,
-            reference,
-            against=against,
-            channels=channels,
-            attention_layers=attention_layers,
-        )
-
-    first = score(baseline or encoder)
-    thresholds = (
-        Thresholds(threshold, threshold) if sigma is None else Thresholds.of_scores(first, sigma)
-    )
-    scores = {"model" if baseline is None else "raw": first}
-    if baseline is not None:
-        scores["refined, raw patterns"] = score(encoder, baseline)
-        scores["refined, own patterns"] = score(encoder)
-    shares = {name: spurious_shares(of, thresholds) for name, of in scores.items()}
-    return SpuriousReport(
-        len(images), int(images[0].shape[-1]), thresholds, tuple(channels), shares
     )

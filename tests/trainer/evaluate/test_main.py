@@ -1,43 +1,111 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import noise_image, tiny_artifact
+from backbone import RegisterBorder, save_artifact
+from tests.support import tiny_artifact, tiny_backbone
 from trainer.evaluate.__main__ import main
+from trainer.evaluate.results import read
+
+SHORT = ["--device", "cpu", "--precision", "fp32", "--steps", "20", "--learning-rates", "0.01"]
+
+
+def write_data(folder, kind, targets):
+    """Four images a part, left half dark and right half bright or the other way round."""
+    for number, part in enumerate(("train", "val")):
+        for name in ("images", kind):
+            (folder / part / name).mkdir(parents=True)
+        for index in range(4):
+            side = np.zeros((64, 64), dtype=np.uint8)
+            side[:, 32 * (index % 2) :][:, :32] = 1
+            image = np.repeat(side[..., None] * (200 - 8 * index - number), 3, axis=2)
+            Image.fromarray(image).save(folder / part / "images" / f"{index}.png")
+            Image.fromarray(targets(side)).save(folder / part / kind / f"{index}.png")
+    return folder
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Four images a part, left half dark and right half bright or the other way round."""
-    folder = tmp_path / "data"
-    for part in ("train", "val"):
-        for kind in ("images", "labels"):
-            (folder / part / kind).mkdir(parents=True)
-        for index in range(4):
-            label = np.zeros((64, 64), dtype=np.uint8)
-            label[:, 32 * (index % 2) :][:, :32] = 1
-            image = np.repeat(label[..., None] * 200, 3, axis=2)
-            Image.fromarray(image).save(folder / part / "images" / f"{index}.png")
-            Image.fromarray(label).save(folder / part / "labels" / f"{index}.png")
+    folder = write_data(tmp_path / "data", "labels", lambda side: side)
     (folder / "classes.json").write_text(json.dumps({"0": "dark", "1": "bright"}))
     return folder
 
 
-def test_segmentation_prints_and_writes_scores(data, tmp_path, capsys):
-    report = tmp_path / "report.json"
+@pytest.fixture
+def depths(tmp_path):
+    """Dark is one metre away, bright two."""
+    return write_data(
+        tmp_path / "depths", "depth", lambda side: 1000 + 1000 * side.astype("uint16")
+    )
+
+
+def raw_backbone(folder, **changes):
+    """A tiny backbone in timm's format."""
+    save_artifact(folder, tiny_backbone(**changes), border=RegisterBorder(), model_card="")
+    (folder / "refinery.json").unlink()
+    return str(folder)
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Arguments that name a refined backbone and a raw one, and where features go."""
+    refined, raw = str(tiny_artifact(tmp_path / "a")), raw_backbone(tmp_path / "b", seed=1)
+    return ["--model", refined, "--baseline", raw, "--features", str(tmp_path / "features"), *SHORT]
+
+
+def test_segmentation_puts_both_side_by_side_and_writes_them(data, models, tmp_path, capsys):
+    json_path, markdown_path = tmp_path / "result.json", tmp_path / "result.md"
 
     status = main(
-        ["segmentation", "--model", "vit_tiny_patch16_224", "--random-weights", "--data", str(data)]
-        + ["--size", "32", "64", "--seeds", "2", "--json", str(report)]
+        ["segmentation", "--data", str(data), *models, "--size", "32", "64", "--seeds", "2"]
+        + ["--classes", "--json", str(json_path), "--markdown", str(markdown_path)]
     )
 
     assert status == 0
-    assert capsys.readouterr().out.startswith("data at 32x64: mIoU ")
-    results = json.loads(report.read_text())["results"]
-    assert [result["size"] for result in results] == [[32, 64], [32, 64]]
-    assert len(results[0]["probe"]["scores"]["class_iou"]) == 2
+    shown = capsys.readouterr().out
+    assert "mIoU (%)" in shown
+    assert "refined minus raw" in shown
+    assert "±" in shown
+    assert "| bright " in shown
+    result = read(json_path)
+    assert [row.subject for row in result.rows] == ["raw", "refined", "refined minus raw"]
+    assert len(result.rows[0].scores[0].values) == 2
+    assert "mIoU" in markdown_path.read_text()
+
+
+def test_a_second_run_finds_the_features_of_the_first(data, models, caplog):
+    caplog.set_level("INFO")
+    command = ["segmentation", "--data", str(data), *models, "--size", "32", "64", "--seeds", "1"]
+    main(command)
+    assert "4 images, 4 computed" in caplog.text
+    caplog.clear()
+
+    assert main(command) == 0
+
+    assert "4 images, 0 computed" in caplog.text
+    assert "4 images, 4 computed" not in caplog.text
+
+
+def test_depth_puts_both_side_by_side(depths, models, capsys):
+    status = main(["depth", "--data", str(depths), *models, "--short-side", "32", "--seeds", "2"])
+
+    assert status == 0
+    shown = capsys.readouterr().out
+    assert "RMSE" in shown
+    assert "refined minus raw" in shown
+
+
+def test_a_recorded_result_is_in_the_manifest(data, models, capsys):
+    command = ["segmentation", "--data", str(data), *models, "--seeds", "1", "--record"]
+
+    assert main(command) == 0
+
+    assert "mIoU" in capsys.readouterr().out
+    manifest = json.loads((Path(models[1]) / "refinery.json").read_text())
+    assert [found["task"] for found in manifest["evaluations"]] == ["segmentation"]
 
 
 @pytest.mark.parametrize(
@@ -45,70 +113,81 @@ def test_segmentation_prints_and_writes_scores(data, tmp_path, capsys):
     [
         (["--model", "vit_tinny", "--random-weights"], "did you mean"),
         (["--model", "no/such/folder"], "no config.json"),
+        ([], "no --model was named"),
         (["--model", "vit_tiny_patch16_224", "--random-weights", "--size", "30", "64"], "32x64"),
+        (
+            ["--model", "vit_tiny_patch16_224", "--random-weights", "--window", "30", "16"],
+            "window size 30 px is not a whole number of 16 px patches",
+        ),
+        (["--model", "vit_tiny_patch16_224", "--record"], "--record writes into an artifact"),
+        (["--url", "http://x", "--record"], "leave --record out"),
+        (["--url", "http://x", "--device", "cpu"], "--device is for models of this process"),
+        (["--url", "http://127.0.0.1:9"], "cannot be reached"),
+        (["--url", "http://x", "--api-key-file", "nothing"], "nothing cannot be read"),
+        (["--model", "x", "--api-key-file", "x"], "--api-key-file is for --url"),
+        (["--model", "x", "--json", "."], "is a folder; give the name of a file"),
+        (["--model", "x", "--features", "README.md"], "is a file; give a folder, or none"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_one_line(data, arguments, message, caplog):
+def test_what_cannot_be_evaluated_is_said_in_one_line(data, arguments, message, caplog, capsys):
     status = main(["segmentation", "--data", str(data), *arguments])
 
     assert status == 2
     assert message in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", ["", "two words", "\n"])
+def test_a_key_file_without_a_key_is_refused_and_not_shown(data, tmp_path, caplog, content):
+    key = tmp_path / "key"
+    key.write_text(content)
+    command = ["segmentation", "--data", str(data), "--url", "http://127.0.0.1:9"]
+
+    assert main([*command, "--api-key-file", str(key)]) == 2
+    assert "has no key in its first line" in caplog.text
+    assert "two words" not in caplog.text
+
+
+def test_backbones_of_other_patch_sizes_each_have_patches_of_their_own(
+    data, models, tmp_path, caplog, capsys
+):
+    models[3] = raw_backbone(tmp_path / "fine", patch_size=8)
+    command = ["segmentation", "--data", str(data), *models, "--seeds", "1"]
+
+    assert main([*command, "--size", "40", "64"]) == 2
+    assert "40x64 px is not a whole number of refined's 16 px patches" in caplog.text
+    assert main([*command, "--size", "32", "64"]) == 0
+    assert "refined minus raw" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--seeds", "0"],
+        ["--steps", "-1"],
+        ["--learning-rates", "0"],
+        ["--size", "32", "32", "--short-side", "32"],
+        ["--layout", "folders"],
+    ],
+)
+def test_values_that_mean_nothing_are_refused_by_the_parser(data, arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["segmentation", "--data", str(data), "--model", "x", *arguments])
+
+    assert "error: argument" in capsys.readouterr().err
 
 
 def test_a_folder_without_labels_is_refused(tmp_path, caplog):
     arguments = ["--model", "vit_tiny_patch16_224", "--random-weights", "--data", str(tmp_path)]
 
     assert main(["segmentation", *arguments]) == 2
-    assert "classes.json is missing" in caplog.text
+    assert str(tmp_path) in caplog.text
 
 
-@pytest.fixture
-def photographs(tmp_path):
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for seed in range(3):
-        noise_image(40, 60, seed).save(folder / f"{seed}.png")
-    return folder
+@pytest.mark.parametrize("command", ["segmentation", "depth", "zeroshot", "spurious"])
+def test_every_subcommand_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
 
-
-def test_spurious_compares_a_refined_backbone_with_its_raw_one(photographs, tmp_path, capsys):
-    refined, raw = (tiny_artifact(tmp_path / name, seed) for seed, name in enumerate("ab"))
-    report = tmp_path / "report.json"
-
-    status = main(
-        ["spurious", "--model", str(refined), "--baseline", str(raw), "--images", str(photographs)]
-        + ["--num-images", "2", "--sigma", "0.5", "--attention-layers", "0", "1"]
-        + ["--json", str(report)]
-    )
-
-    assert status == 0
-    assert capsys.readouterr().out.startswith("2 images at 64 px; cosine thresholds FP ")
-    content = json.loads(report.read_text())
-    assert list(content["shares"]) == ["raw", "refined, raw patterns", "refined, own patterns"]
-    assert all(0 <= share["fp_gp"] <= 1 for share in content["shares"].values())
-    assert content["shares"]["raw"]["hijacked"] > 0
-
-
-def test_spurious_counts_one_backbone_alone(photographs, capsys):
-    status = main(
-        ["spurious", "--model", "vit_tiny_patch16_224", "--images", str(photographs)]
-        + ["--random-weights", "--size", "32", "--threshold", "0.9"]
-    )
-
-    assert status == 0
-    assert "cosine thresholds FP 0.900, GP 0.900" in capsys.readouterr().out
-
-
-def test_spurious_refuses_a_folder_without_images(tmp_path, caplog):
-    arguments = ["--model", "vit_tiny_patch16_224", "--random-weights", "--images", str(tmp_path)]
-
-    assert main(["spurious", *arguments]) == 2
-    assert "no images under" in caplog.text
-
-
-def test_spurious_refuses_layers_that_do_not_exist(photographs, caplog):
-    arguments = ["--model", "vit_tiny_patch16_224", "--random-weights", "--size", "32"]
-    arguments += ["--images", str(photographs), "--attention-layers", "3", "12"]
-
-    assert main(["spurious", *arguments]) == 2
-    assert "layer 12 does not exist" in caplog.text
+    assert stopped.value.code == 0
+    assert "--baseline" in capsys.readouterr().out

@@ -1,98 +1,89 @@
 import json
+from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
+from tests.trainer.evaluate.colours import Colours, write_images
+from trainer.evaluate.datasets import open_segmentation
+from trainer.evaluate.errors import EvaluationError
+from trainer.evaluate.feature_store import FeatureStore
 from trainer.evaluate.probe import ProbeSettings
-from trainer.evaluate.segmentation import (
-    DatasetError,
-    SegmentationDataset,
-    evaluate_segmentation,
-    read_label,
-)
+from trainer.evaluate.segmentation import evaluate_segmentation
 
-PATCH = 8
+FAST = ProbeSettings(learning_rates=(1e-1, 3e-1), num_steps=30, batch_size=4, points_per_image=64)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Images of two colours, 48x32 px, labelled by colour; train 6, val 2."""
-    generator = np.random.default_rng(0)
-    (tmp_path / "classes.json").write_text(json.dumps({"0": "dark", "1": "bright"}))
-    for part, count in (("train", 6), ("val", 2)):
-        for kind in ("images", "labels"):
-            (tmp_path / part / kind).mkdir(parents=True)
-        for index in range(count):
-            cells = generator.integers(0, 2, (4, 6), dtype=np.uint8)
-            label = cells.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
-            image = np.repeat(label[..., None] * 200, 3, axis=2)
-            Image.fromarray(image).save(tmp_path / part / "images" / f"{index}.png")
-            Image.fromarray(label).save(tmp_path / part / "labels" / f"{index}.png")
-    return tmp_path
+def dataset(tmp_path):
+    folder = write_images(tmp_path / "data", "labels", lambda bright: bright)
+    (folder / "classes.json").write_text(json.dumps({"0": "dark", "1": "bright"}))
+    return open_segmentation(folder, "folder")
 
 
-def mean_colours(images):
-    """An `encode` whose tokens are the mean colours of 8 px patches."""
-    pooled = torch.nn.functional.avg_pool2d(images.float() / 255, PATCH)
-    return pooled.flatten(2).transpose(1, 2)
-
-
-def test_an_encoder_that_sees_the_classes_scores_high(folder):
-    dataset = SegmentationDataset.open(folder)
-
-    (result,) = evaluate_segmentation(
+def evaluate(dataset, subjects, store=None, settings=(FAST,), size=(32, 48)):
+    return evaluate_segmentation(
         dataset,
-        mean_colours,
-        size=(32, 48),
-        settings=[ProbeSettings(learning_rates=(3e-2,), num_steps=60, batch_size=4)],
+        subjects,
+        store=store or FeatureStore(None),
+        size=size,
+        settings_by_seed=settings,
     )
 
-    assert result.classes == ("dark", "bright")
-    assert result.probe.scores.miou > 0.85
+
+def test_a_backbone_that_sees_the_classes_scores_high(dataset):
+    result = evaluate(dataset, [Colours()])
+
+    (row,) = result.rows
+    assert result.task == "segmentation"
+    assert [score.name for score in row.scores] == ["mIoU", "mAcc", "pixel accuracy"]
+    assert 85 < row.scores[0].interval.mean <= 100
+    assert set(row.details["class_iou"]) == {"dark", "bright"}
+    assert row.details["best_learning_rates"][0] in FAST.learning_rates
+    assert "arXiv:2304.07193" in result.protocol
+    assert "the best on these same images" in result.protocol
 
 
-def test_tokens_that_fill_no_grid_are_refused(folder):
-    dataset = SegmentationDataset.open(folder)
+def test_every_subject_has_a_row_and_every_seed_a_value(dataset):
+    settings = [replace(FAST, seed=seed, num_steps=5) for seed in (0, 1)]
 
-    with pytest.raises(DatasetError, match="23 tokens are no grid of square patches of 32x48"):
-        evaluate_segmentation(dataset, lambda images: mean_colours(images)[:, 1:], size=(32, 48))
+    result = evaluate(dataset, [Colours(), Colours(name="refined", key="d")], settings=settings)
 
-
-def test_a_missing_label_is_named(folder):
-    (folder / "val" / "labels" / "1.png").unlink()
-
-    with pytest.raises(DatasetError, match=r"1 of 2 images .* missing one is .*val/labels/1\.png"):
-        SegmentationDataset.open(folder)
-
-
-def test_a_missing_part_is_named(folder):
-    for image in (folder / "val" / "images").iterdir():
-        image.unlink()
-
-    with pytest.raises(DatasetError, match="no images in .*val/images"):
-        SegmentationDataset.open(folder)
+    assert [row.subject for row in result.rows] == ["raw", "refined", "refined minus raw"]
+    assert all(len(row.scores[0].values) == 2 for row in result.rows)
+    # The same features and seeds: the same probes.
+    assert result.rows[0].scores[0].values == result.rows[1].scores[0].values
+    assert result.settings["seeds"] == [0, 1]
+    assert "seed" not in result.settings
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "classes.json is missing"),
-        ("{", "is not JSON"),
-        ("[]", "must number its classes"),
-        ('{"0": "a", "2": "b"}', "must number its classes"),
-    ],
-)
-def test_unusable_class_names_are_refused(folder, content, message):
-    (folder / "classes.json").unlink()
-    if content is not None:
-        (folder / "classes.json").write_text(content)
+def test_a_run_that_was_killed_goes_on_with_the_seeds_that_are_missing(dataset, tmp_path, caplog):
+    caplog.set_level("INFO")
+    first = evaluate(dataset, [Colours()], FeatureStore(tmp_path / "features"))
 
-    with pytest.raises(DatasetError, match=message):
-        SegmentationDataset.open(folder)
+    settings = [FAST, replace(FAST, seed=1)]
+    second = evaluate(dataset, [Colours()], FeatureStore(tmp_path / "features"), settings)
+
+    assert sum("found" in m and "/probes/" in m for m in caplog.messages) == 1
+    assert second.rows[0].scores[0].values[0] == first.rows[0].scores[0].values[0]
+    assert len(list((tmp_path / "features" / "probes").iterdir())) == 2
 
 
-def test_a_colour_image_is_no_label_map(folder):
-    with pytest.raises(DatasetError, match="has mode RGB"):
-        read_label(folder / "val" / "images" / "0.png")
+def test_another_label_is_another_probe(dataset, tmp_path):
+    store = FeatureStore(tmp_path / "features")
+    evaluate(dataset, [Colours()], store, [replace(FAST, num_steps=2)])
+    target = dataset.train[0].target
+    target.write_bytes(dataset.train[1].target.read_bytes() + b"\n")
+
+    evaluate(dataset, [Colours()], store, [replace(FAST, num_steps=2)])
+
+    assert len(list((tmp_path / "features" / "probes").iterdir())) == 2
+
+
+def test_a_data_set_without_a_train_part_is_refused(dataset):
+    with pytest.raises(EvaluationError, match="has no train part"):
+        evaluate(replace(dataset, train=()), [Colours()])
+
+
+def test_nothing_to_measure_is_refused(dataset):
+    with pytest.raises(EvaluationError, match="needs a backbone and a seed"):
+        evaluate(dataset, [])

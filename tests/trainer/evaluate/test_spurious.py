@@ -3,9 +3,12 @@ import torch
 
 from backbone import open_model
 from tests.support import tiny_artifact
+from tests.trainer.evaluate.planting import PATCH, PlantedSubject, pictures
 from trainer.evaluate.spurious import (
+    Pair,
     SpuriousScores,
     Thresholds,
+    pattern_scores,
     spurious_scores,
     spurious_shares,
 )
@@ -96,3 +99,65 @@ def test_another_backbones_patterns_can_be_looked_for(encoder, tmp_path):
     assert torch.equal(own.global_proxy, same.global_proxy)
     assert not torch.equal(own.fixed_pattern, others.fixed_pattern)
     assert not torch.equal(own.global_proxy, others.global_proxy)
+
+
+def planted_shares(refined):
+    raw = PlantedSubject()
+    planted = pictures(count=4, num_fixed=6, num_proxy=10)
+    found = pattern_scores(
+        [lambda images: [raw.encode(images)], lambda images: [refined.encode(images)]],
+        [Pair(0, 0), Pair(1, 0), Pair(1, 1)],
+        planted.images_BSS,
+        planted.reference_3SS,
+        patch_size=PATCH,
+    )
+    return [spurious_shares(scores, Thresholds()) for (scores,) in found]
+
+
+def test_planted_patterns_are_found_in_the_shares_that_they_have():
+    raw, same, own = planted_shares(PlantedSubject("refined"))
+
+    # The strip has fixed patterns too.
+    assert raw[:3] == (6 / 64, 16 / 64, 16 / 64)
+    assert raw == same == own
+
+
+def test_a_backbone_without_them_has_none_by_either_patterns():
+    raw, raw_patterns, own_patterns = planted_shares(PlantedSubject("refined", spurious=False))
+
+    assert raw.fp_gp == 16 / 64
+    assert raw_patterns.fp_gp == own_patterns.fp_gp == 0
+
+
+def test_every_side_of_the_canvas_has_its_strip_and_every_image_its_scores():
+    widths = []
+
+    def encode(images):
+        widths.append(tuple(images.shape[-2:]))
+        return [PlantedSubject().encode(images)]
+
+    planted = pictures(count=4)
+    ((scores,),) = pattern_scores(
+        [encode], [Pair(0, 0)], planted.images_BSS, planted.reference_3SS, patch_size=PATCH
+    )
+
+    # The reference image, then each image alone and beside a strip of two patches.
+    assert widths[0::2] == [(32, 32), (32, 40), (40, 32), (32, 40), (40, 32)]
+    assert widths[1::2] == [(32, 32)] * 4
+    assert [len(one.global_proxy) for one in scores.by_image(4)] == [64] * 4
+
+
+def test_layers_are_scored_apart():
+    clean, raw = PlantedSubject("clean", spurious=False), PlantedSubject()
+    planted = pictures(count=2)
+
+    ((first, last),) = pattern_scores(
+        [lambda images: [clean.encode(images), raw.encode(images)]],
+        [Pair(0, 0)],
+        planted.images_BSS,
+        planted.reference_3SS,
+        patch_size=PATCH,
+    )
+
+    assert spurious_shares(first, Thresholds()).fp_gp == 0
+    assert spurious_shares(last, Thresholds()).fp_gp == 16 / 64
