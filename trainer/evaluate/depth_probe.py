@@ -63,7 +63,10 @@ EvalMask = Callable[[int, int], Tensor | None]
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How the probe is trained; the defaults converge on a few hundred images.
+    """How the probe is trained; the defaults converge on tens to hundreds of images.
+
+    On 55 photographs of a room (a ViT-Ti/16, 30x40 tokens) the RMSE was 0.335 m after 300 steps,
+    0.315 after 1,000 and 0.319 after 3,000; a constant has 0.512.
 
     Attributes:
         learning_rates: AdamW learning rates, one head each.
@@ -78,10 +81,10 @@ class DepthSettings:
         seed: Of the heads' weights, the pixels and the order of images.
     """
 
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     num_steps: int = 1000
     batch_size: int = 16
-    points_per_image: int = 128
+    points_per_image: int = 64
     weight_decay: float = 1e-2
     normalization: NormalizationKind = "batch"
     num_bins: int = 256
