@@ -93,6 +93,8 @@ def measure_artifact(
     if not recipe.run.measure_images:
         return None
     try:
+        if stop.signum is not None:  # asked while the artifact was written: load nothing more
+            raise _Stopped
         result = _measure(
             artifact,
             recipe,

@@ -9,6 +9,7 @@ OUTPUT/snapshots/, tensorboard/, wandb/    where they were asked for
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,29 @@ from trainer.snapshots import Snapshots
 
 logger = logging.getLogger(__name__)
 
-# Recipe fields that change no number of a run: a resumed run may have others.
-_FREE_TO_CHANGE = {
-    "backbone": {"name", "weights"},  # the digest of the weights is compared instead
+CHANGES_NO_NUMBER: Mapping[str, frozenset[str]] = {
+    "data": frozenset({"max_bad_share", "workers"}),
+    "run": frozenset(
+        {
+            "checkpoint_every",
+            "gradient_checkpointing",
+            "log_every",
+            "measure_images",
+            "preview_images",
+            "snapshot_every",
+            "tensorboard",
+            "wandb",
+        }
+    ),
+}
+"""Recipe fields, by section, that change nothing of an artifact's weights."""
+
+# What a resumed run may have otherwise too.
+_FREE_TO_CHANGE: Mapping[str, frozenset[str]] = {
+    "backbone": frozenset({"name", "weights"}),  # the weights' digest is compared instead
     # The product of the first two is compared, see fit_batches.
-    "data": {"accumulate", "batch_size", "max_bad_share", "workers"},
-    "run": {
-        "checkpoint_every",
-        "gradient_checkpointing",
-        "log_every",
-        "measure_images",
-        "preview_images",
-        "snapshot_every",
-        "tensorboard",
-        "wandb",
-        "weights_dtype",
-    },
+    "data": CHANGES_NO_NUMBER["data"] | {"accumulate", "batch_size"},
+    "run": CHANGES_NO_NUMBER["run"] | {"weights_dtype"},  # of what is written at the end
 }
 
 

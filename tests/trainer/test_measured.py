@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 import trainer.measured
+import trainer.run
 from backbone import is_artifact, load_artifact, open_model
 from tests.trainer.refining import image_folder, model_folder, small_recipe
 from trainer.evaluate.record import END, recorded
@@ -116,6 +117,25 @@ def test_a_stop_request_ends_the_measurement_and_the_run_is_done(run, monkeypatc
 
     assert seen == [True]
     assert not evaluations_of(artifact)
+    assert "stopped before the artifact was measured" in caplog.text
+
+
+def test_a_stop_request_while_the_artifact_is_written_loads_nothing_more(run, monkeypatch, caplog):
+    stop, loaded = StopRequest(), []
+
+    def write(*args, **kwargs):
+        manifest = save(*args, **kwargs)
+        stop.signum = signal.SIGTERM
+        return manifest
+
+    save = trainer.run.save_artifact
+    monkeypatch.setattr(trainer.run, "save_artifact", write)
+    monkeypatch.setattr(trainer.measured, "open_model", lambda *_, **__: loaded.append(1))
+
+    artifact = run(stop=stop)
+
+    assert is_artifact(artifact)
+    assert not loaded
     assert "stopped before the artifact was measured" in caplog.text
 
 

@@ -6,7 +6,6 @@ python -m trainer.ablate --recipe demo --images PHOTOS --output runs/ablations -
 
 import argparse
 import logging
-import os
 import shlex
 import sys
 import textwrap
@@ -25,6 +24,7 @@ from trainer.ablate.resolve import RecipeSource, ResolvedVariant, choose_variant
 from trainer.ablate.sweep import Outcome, carry_out, only_one
 from trainer.ablate.table import make_table
 from trainer.ablate.variants import VARIANTS
+from trainer.evaluate.record import write_text
 
 _EXIT_USER_ERROR = 2
 
@@ -109,8 +109,8 @@ def _plan(
 def _sweep(plan: Plan, runner: Runner, command: str) -> int:
     def show(outcome: Outcome) -> None:
         table = make_table(plan, outcome, command=command)
-        _replace(plan.settings.output / "table.json", table.model_dump_json(indent=2) + "\n")
-        _replace(plan.settings.output / "table.md", as_markdown(table))
+        write_text(plan.settings.output / "table.json", table.model_dump_json(indent=2) + "\n")
+        write_text(plan.settings.output / "table.md", as_markdown(table))
 
     outcome = carry_out(plan, runner, tell=_tell, show=show)
     if outcome.exit_code > 1:
@@ -215,12 +215,6 @@ def _description(plan: Plan) -> str:
         *(f"{'skip':<7}{row.name}: {row.skipped}" for row in skipped),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    written = path.with_name(f".{path.name}")
-    written.write_text(text)
-    os.replace(written, path)
 
 
 def _tell(line: str) -> None:

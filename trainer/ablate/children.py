@@ -32,7 +32,8 @@ class Runner(Protocol):
 class Children:
     """A `Runner` of processes; a context in which SIGTERM, Ctrl-C and SIGHUP go to the child.
 
-    The trainer ends a step and writes a checkpoint at the first one, and dies at the second.
+    The trainer ends a step and writes a checkpoint at the first one, and dies at the second. Of a
+    terminal that closes it knows nothing: SIGHUP goes on as SIGTERM.
 
     Args:
         held: Open files that a child holds too: a lock on them lasts as long as it does, even
@@ -95,7 +96,7 @@ class Children:
                 signum = self._pending.popleft()
             except IndexError:
                 return
-            self._process.send_signal(signum)
+            self._process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
 
 def reason_of(code: int, log: Path) -> str:

@@ -20,10 +20,17 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.ablate.measures import Measure
-from trainer.ablate.record import RunRecord, check_same_run, has_run, is_finished
+from trainer.ablate.record import (
+    RunRecord,
+    check_same_run,
+    has_run,
+    is_finished,
+    read_result,
+    weights_fingerprint,
+)
 from trainer.ablate.resolve import RecipeSource, ResolvedVariant
 from trainer.ablate.variants import FULL
-from trainer.config import Recipe
+from trainer.config import BackboneSection, Recipe
 from trainer.data import find_images
 from trainer.errors import CheckpointError, DataError, RecipeError
 from trainer.place import ARTIFACT_FOLDER
@@ -92,10 +99,10 @@ class Step:
     record: RunRecord | None = field(default=None, repr=False)
 
     def is_finished(self) -> bool:
-        """Whether its product is there."""
-        if self.kind == "training":
+        """Whether its product is there; of an evaluation, of the weights that are there now."""
+        if self.needs is None:
             return is_finished(self.product.parent)
-        return self.product.is_file()
+        return read_result(self.product, self.needs) is not None
 
     def to_run(self) -> list[str]:
         """The command as it has to be given now: a run that was begun is resumed."""
@@ -175,7 +182,8 @@ class _Planner:
 
     def __init__(self, settings: SweepSettings) -> None:
         self._settings = settings
-        self._fingerprints: dict[tuple[int, int | None], tuple[str, int]] = {}
+        self._images: dict[tuple[int, int | None], tuple[str, int]] = {}
+        self._weights: dict[BackboneSection, str | None] = {}
 
     def training(self, row: ResolvedVariant, recipe: Recipe, seed: int) -> Step:
         settings, folder = self._settings, self._folder(row.name, seed)
@@ -187,7 +195,7 @@ class _Planner:
         words += ["--skip-bad-images"] if settings.skip_bad_images else []
         run = recipe.run.model_copy(update={"seed": seed})
         recipe = recipe.model_copy(update={"run": run})
-        images, found = self._fingerprint(seed, recipe.data.max_images)
+        images, found = self._images_of(seed, recipe.data.max_images)
         return Step(
             row=row.name,
             seed=seed,
@@ -196,7 +204,9 @@ class _Planner:
             command=self._python("trainer", words),
             log=folder / "training.log",
             product=folder / ARTIFACT_FOLDER,
-            record=RunRecord.of(recipe, images=images, found=found),
+            record=RunRecord.of(
+                recipe, images=images, found=found, weights=self._weights_of(recipe.backbone)
+            ),
         )
 
     def evaluations(self, row: ResolvedVariant, seed: int) -> Iterator[Step]:
@@ -256,10 +266,15 @@ class _Planner:
     def _folder(self, row: str, seed: int) -> Path:
         return self._settings.output / row / f"seed-{seed}"
 
-    def _fingerprint(self, seed: int, max_images: int | None) -> tuple[str, int]:
-        """Of the images that a run with this seed chooses."""
+    def _images_of(self, seed: int, max_images: int | None) -> tuple[str, int]:
+        """The fingerprint and number of the images that a run with this seed chooses from."""
         key = (seed, max_images)
-        if key not in self._fingerprints:
+        if key not in self._images:
             found = find_images(self._settings.images, seed=seed, max_images=max_images)
-            self._fingerprints[key] = (found.fingerprint(), found.num_found)
-        return self._fingerprints[key]
+            self._images[key] = (found.fingerprint(), found.num_found)
+        return self._images[key]
+
+    def _weights_of(self, section: BackboneSection) -> str | None:
+        if section not in self._weights:
+            self._weights[section] = weights_fingerprint(section)
+        return self._weights[section]

@@ -1,41 +1,39 @@
 """What a run in the folder of a sweep was made with, so that no other one is taken for it."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from backbone import is_artifact
-from trainer.config import Recipe
+from backbone.artifact import read_manifest
+from backbone.errors import ArtifactError
+from trainer.config import BackboneSection, Recipe
 from trainer.errors import CheckpointError
+from trainer.evaluate import results
+from trainer.evaluate.errors import EvaluationError
+from trainer.evaluate.files import replace_file
+from trainer.evaluate.results import Result
 from trainer.loop import checkpoint_path
 from trainer.place import ARTIFACT_FOLDER
+from trainer.run import CHANGES_NO_NUMBER
 
 RECORD_FILE = "ablation.json"
 
-# Fields that change no number of a run: a sweep that goes on may have others.
-_FREE = {
-    "data": ("workers",),
-    "run": (
-        "checkpoint_every",
-        "gradient_checkpointing",
-        "log_every",
-        "measure_images",
-        "preview_images",
-        "snapshot_every",
-        "tensorboard",
-        "wandb",
-    ),
-}
+_SAMPLED_BYTES = 2**24
+"""Of each end of a file: weights that were trained again differ everywhere."""
 
 
 class RunRecord(BaseModel):
-    """Recipe and images of a run.
+    """Recipe, images and raw weights of a run.
 
     Attributes:
         recipe: Every value that decides what a run computes.
         images: Fingerprint of the images' names and sizes in bytes.
         found: How many images there were to choose from.
+        weights: Fingerprint of the backbone's files; None of those that are fetched by name, which
+            are the same wherever they are fetched, and in records of before this was kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,23 +41,61 @@ class RunRecord(BaseModel):
     recipe: dict[str, JsonValue]
     images: str
     found: int
+    weights: str | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, *, images: str, found: int) -> "RunRecord":
+    def of(cls, recipe: Recipe, *, images: str, found: int, weights: str | None) -> "RunRecord":
         """The record of a run that is to be made."""
-        values = recipe.model_dump(mode="json", exclude={"name"})
-        for section, names in _FREE.items():
-            for name in names:
-                values[section].pop(name, None)
-        return cls(recipe=values, images=images, found=found)
+        values = _decisive(recipe.model_dump(mode="json", exclude={"name"}))
+        return cls(recipe=values, images=images, found=found, weights=weights)
 
     def write(self, folder: Path) -> None:
         """Put it into a run's folder, which is made; the trainer must not have begun there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / RECORD_FILE
-        written = path.with_name(f".{RECORD_FILE}")
-        written.write_text(self.model_dump_json(indent=2) + "\n")
-        written.replace(path)
+        replace_file(folder / RECORD_FILE, (self.model_dump_json(indent=2) + "\n").encode())
+
+
+def weights_fingerprint(section: BackboneSection) -> str | None:
+    """Of the sizes and ends of the files that a recipe's backbone is read from, if they are here.
+
+    Files of tens of gigabytes are not read whole for it.
+    """
+    named = (section.name.removeprefix("local-dir:"), section.weights)
+    files: list[Path] = []
+    for path in (Path(name) for name in named if name):
+        files += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    found = [path for path in files if path.is_file() and _decides(path)]
+    for path in found:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest() if found else None
+
+
+def _decides(path: Path) -> bool:
+    """Cards and pictures of a model may be written anew, and its recorded results."""
+    return path.suffix not in (".md", ".png") and path.name != "refinery.json"
+
+
+def is_stale(result: Result, artifact: Path) -> bool:
+    """Whether a result is of other weights than an artifact has now, which was made anew."""
+    digests = {row.digest for row in result.rows if row.digest}
+    try:
+        return bool(digests) and read_manifest(artifact).digest not in digests
+    except ArtifactError:
+        return False  # there is nothing yet that it could be of
+
+
+def read_result(product: Path, artifact: Path) -> Result | None:
+    """The result of an evaluation; None where it is not there, damaged, or of other weights."""
+    try:
+        result = results.read(product)
+    except EvaluationError:
+        return None
+    return None if is_stale(result, artifact) else result
 
 
 def has_run(folder: Path) -> bool:
@@ -88,17 +124,36 @@ def check_same_run(folder: Path, wanted: RunRecord) -> None:
             f"{folder} holds a run without a readable {RECORD_FILE}, so that nobody knows what it "
             "was made with; move the folder away, or choose another --output"
         ) from error
-    changed = sorted(_differences(found.recipe, wanted.recipe))
+    changed = sorted(_differences(_decisive(found.recipe), wanted.recipe))
     if changed:
         raise CheckpointError(
             f"the run in {folder} was made with other values ({', '.join(changed)}); give the "
             "same recipe and settings, move the folder away, or choose another --output"
+        )
+    if None not in (found.weights, wanted.weights) and found.weights != wanted.weights:
+        raise CheckpointError(
+            f"the run in {folder} was made with other weights of the same name (the backbone's "
+            "files have changed since); move the folder away, or choose another --output"
         )
     if (found.images, found.found) != (wanted.images, wanted.found):
         raise CheckpointError(
             f"the run in {folder} was made with other images (names, sizes or number differ); give "
             "those, move the folder away, or choose another --output"
         )
+
+
+def _decisive(recipe: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The values that decide what a run computes; a record may have been written with others."""
+    return {
+        section: {
+            name: value
+            for name, value in values.items()
+            if name not in CHANGES_NO_NUMBER.get(section, ())
+        }
+        if isinstance(values, dict)
+        else values
+        for section, values in recipe.items()
+    }
 
 
 def _differences(

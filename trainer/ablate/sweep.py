@@ -12,9 +12,8 @@ from typing import IO
 
 from trainer.ablate.children import Runner, reason_of
 from trainer.ablate.plan import Plan, Step
+from trainer.ablate.record import read_result
 from trainer.errors import TrainerError
-from trainer.evaluate import results
-from trainer.evaluate.errors import EvaluationError
 from trainer.record import read_metrics
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
@@ -199,9 +198,7 @@ def _kind(step: Step) -> tuple[str, str]:
 
 
 def _seconds_before(step: Step) -> float:
-    if step.kind == "training":
+    if step.needs is None:
         return training_seconds(step)
-    try:
-        return results.read(step.product).seconds
-    except EvaluationError:
-        return 0.0
+    result = read_result(step.product, step.needs)
+    return 0.0 if result is None else result.seconds

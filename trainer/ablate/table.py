@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.ablate.measures import Kind
 from trainer.ablate.plan import Plan, Step
+from trainer.ablate.record import read_result
 from trainer.ablate.resolve import ResolvedVariant
 from trainer.ablate.sweep import Failure, Outcome, training_seconds
 from trainer.ablate.variants import FULL, RAW
 from trainer.evaluate import results
-from trainer.evaluate.errors import EvaluationError
 from trainer.evaluate.intervals import Interval, over_seeds
 
 Status = Literal["done", "failed", "skipped", "not yet"]
@@ -98,7 +98,9 @@ class Table(_Frozen):
 
 def make_table(plan: Plan, outcome: Outcome, *, command: str) -> Table:
     """Read what a sweep has come to; works at any time of it."""
-    found = {step.product: _read(step) for step in plan.steps if step.kind == "evaluation"}
+    found = {
+        step.product: read_result(step.product, step.needs) for step in plan.steps if step.needs
+    }
     read = {path: result for path, result in found.items() if result is not None}
     full = _cells(plan.of(FULL), read, "refined")
     rows = [_raw_row(plan, outcome, read, full)]
@@ -123,13 +125,6 @@ def make_table(plan: Plan, outcome: Outcome, *, command: str) -> Table:
 def without_folders(text: str) -> str:
     """A command with only the last part of absolute paths: others lie elsewhere anyway."""
     return re.sub(r"(?<![\w.~/-])/(?:[^\s/'\",]+/)+", "", text)
-
-
-def _read(step: Step) -> results.Result | None:
-    try:
-        return results.read(step.product)
-    except EvaluationError:
-        return None
 
 
 Results = dict[Path, results.Result]

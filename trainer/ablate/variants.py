@@ -104,6 +104,11 @@ def parse_custom(text: str) -> Variant:
         raise TrainerError(
             f"--variant {name!r} would be a folder's name; use letters, digits, - and _"
         )
+    if any(setting.partition("=")[0].strip() == "run.seed" for setting in settings):
+        raise TrainerError(
+            f"--variant {text!r}: every variant is trained with the seeds of the sweep; leave "
+            "run.seed out, and choose the first by --set run.seed=N and their number by --seeds"
+        )
     known = {variant.name for variant in VARIANTS} | set(RESERVED)
     if name in known or _SERVED.fullmatch(name):
         raise TrainerError(f"--variant {name!r} is the name of something else; choose another")

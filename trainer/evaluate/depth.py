@@ -14,10 +14,9 @@ from pydantic import JsonValue
 from trainer.evaluate.datasets import DepthDataset
 from trainer.evaluate.depth_probe import DepthProbe, DepthSettings, depth_probe
 from trainer.evaluate.feature_store import FeatureStore
-from trainer.evaluate.heads import Advance
 from trainer.evaluate.images import Size
-from trainer.evaluate.probing import Parts, Targets, check_dataset, describe_all, probe_all
-from trainer.evaluate.progress import SILENT, Progress
+from trainer.evaluate.probing import Parts, check_dataset, describe_all, probe_all, targets
+from trainer.evaluate.progress import SILENT, Advance, Progress
 from trainer.evaluate.results import Result, Row, new_result, score
 from trainer.evaluate.subjects import Subject
 from trainer.evaluate.windows import Windows
@@ -44,8 +43,8 @@ def evaluate_depth(
     """
     started = time.monotonic()
     check_dataset(dataset, subjects, settings_by_seed)
-    train_depths = Targets(dataset.train, dataset.read_depth)
-    val_depths = Targets(dataset.val, dataset.read_depth)
+    train_depths = targets(dataset.train, dataset.read_depth)
+    val_depths = targets(dataset.val, dataset.read_depth)
 
     def measure(parts: Parts, settings: DepthSettings, advance: Advance) -> DepthProbe:
         return depth_probe(

@@ -10,9 +10,10 @@ loss is the scale-invariant one of Eigen et al. 2014 (arXiv:1406.2283) as AdaBin
 Several learning rates train at once, one head each, and the best RMSE on val counts.
 
 Differs: patch tokens only, DINOv2 appends the class token to each; batch normalisation before the
-layer (see `points.Normalization`), so that features of any scale learn at the same rates; no
-gradient loss, which needs whole maps where a step here takes some measured pixels of each image;
-no augmentation, and no mean with the mirrored image.
+layer (see `points.Normalization`), so that features of any scale learn at the same rates; a step
+takes some measured pixels of each image, and the depth that a pixel has is that of the features
+interpolated there, where a scored map is interpolated in metres beyond four times the token grid;
+no gradient loss, which needs whole maps; no augmentation, and no mean with the mirrored image.
 
 Dimension key: C = channels, h, w = token grid, H, W = pixels, P = points, R = learning rates,
 K = bins.
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.evaluate.heads import Advance, Heads, train_heads, warn_of_edge
+from trainer.evaluate.heads import Heads, train_heads, warn_of_edge
 from trainer.evaluate.metrics import DepthMetric, DepthScores
 from trainer.evaluate.points import (
     Normalization,
@@ -43,6 +44,7 @@ from trainer.evaluate.points import (
     features_at,
     held,
 )
+from trainer.evaluate.progress import Advance
 
 logger = logging.getLogger(__name__)
 

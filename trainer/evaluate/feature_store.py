@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol
 
 import torch
 from PIL import __version__ as pillow_version
@@ -35,11 +35,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from trainer.evaluate import images
-from trainer.evaluate.encoding import READ_THREADS, encode_files
+from trainer.evaluate.encoding import encode_files
 from trainer.evaluate.errors import StoreError
 from trainer.evaluate.files import PART_PREFIX, replace_file
 from trainer.evaluate.images import Size
 from trainer.evaluate.progress import SILENT, Progress
+from trainer.evaluate.reading import READ_THREADS, LazyTensors
 from trainer.evaluate.subjects import Subject
 from trainer.evaluate.windows import Windows
 
@@ -78,32 +79,6 @@ class _Entry:
         return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()
 
 
-class Grids(Sequence[Tensor]):
-    """Token grids of samples in their order, `[h, w, C]` each, read when they are asked for.
-
-    In float16: half the room of float32, and finer than what a probe can tell; float32 of images
-    whose values float16 cannot hold.
-    """
-
-    def __init__(self, length: int, read: Callable[[int], Tensor]) -> None:
-        self._length = length
-        self._read = read
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self._read(each) for each in range(*index.indices(self._length))]
-        if not -self._length <= index < self._length:
-            raise IndexError(f"grid {index} of {self._length}")
-        return self._read(index % self._length)
-
-
 class FeatureStore:
     """Features of images, kept in a folder or in memory.
 
@@ -128,8 +103,11 @@ class FeatureStore:
         batch_size: int = 16,
         progress: Progress = SILENT,
         title: str = "encode",
-    ) -> Grids:
-        """Token grids of samples; what is missing is computed now.
+    ) -> LazyTensors:
+        """Token grids `[h, w, C]` of samples in their order; what is missing is computed now.
+
+        In float16: half the room of float32, and finer than what a probe can tell; float32 of
+        images whose values float16 cannot hold.
 
         Args:
             subject: Encodes.
@@ -193,7 +171,7 @@ class FeatureStore:
             len(entries) - len(missing),
             self.folder or "memory",
         )
-        return Grids(len(entries), read)
+        return LazyTensors(len(entries), read)
 
     def _entries(
         self,

@@ -19,6 +19,7 @@ def replace_file(path: Path, content: bytes) -> None:
         try:
             file.write(content)
             file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name without content
             temporary.chmod(0o644)  # a temporary file is for its owner alone
             os.replace(temporary, path)
         except BaseException:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +16,8 @@ from typing import TypeVar
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from trainer.evaluate.errors import StoreError
+from trainer.evaluate.files import replace_file
+from trainer.evaluate.reading import read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,13 @@ class FinishedProbes:
             logger.info("found %s", path)
             return found
         probe = measure()
-        _replace(path, adapter.dump_json(probe, indent=2))
+        try:
+            replace_file(path, adapter.dump_json(probe, indent=2))
+        except OSError as error:
+            raise StoreError(
+                f"a finished probe cannot be written to {self._folder} ({error.strerror}); give "
+                "another folder by --features DIR, or --features none"
+            ) from error
         return probe
 
 
@@ -79,27 +85,15 @@ def content_digest(files: Iterable[Path]) -> str:
         StoreError: One cannot be read.
     """
     digest = hashlib.sha256()
-    for path in files:
-        try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read ({error.strerror})") from error
+    for of_file in read_ahead(files, _file_digest):
+        digest.update(of_file)
     return digest.hexdigest()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = None
+def _file_digest(path: Path) -> bytes:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        return hashlib.sha256(path.read_bytes()).digest()
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise StoreError(
-            f"a finished probe cannot be written to {path.parent} ({error.strerror}); give another "
-            "folder by --features DIR, or --features none"
+            f"{path} cannot be read ({error.strerror}); copy or unpack the data set again"
         ) from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.evaluate.points import PointBatches, ProbeError
+from trainer.evaluate.progress import Advance
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,6 @@ INITIAL_STD = 0.01
 
 # Outputs [P, R, K] and targets [P] to the loss: a sum over heads of each head's mean.
 Loss = Callable[[Tensor, Tensor], Tensor]
-# Told how many more steps are done.
-Advance = Callable[[int], None]
 
 
 class Heads:
@@ -88,7 +87,8 @@ def train_heads(
         value = loss(heads(normalize(features_PC)), target_P)
         if not torch.isfinite(value):
             raise ProbeError(
-                f"the probe's loss is {value.item()} in step {step}; look at the features' values"
+                f"the probe's loss is {value.item()} in step {step} of {num_steps}; leave out the "
+                f"largest of --learning-rates, {max(learning_rates):g}"
             )
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)

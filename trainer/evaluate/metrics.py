@@ -158,7 +158,8 @@ class DepthMetric:
                 "the farthest"
             )
         self.min_depth, self.max_depth = min_depth, max_depth
-        self._all_pixels = MeanSquaredError(squared=False)
+        # Of a whole data set: a sum in float32 would lose digits with every image.
+        self._all_pixels = MeanSquaredError(squared=False).set_dtype(torch.float64)
         self._per_image: list[tuple[float, float, float]] = []
 
     def measured(self, truth_HW: Tensor, mask_HW: Tensor | None = None) -> Tensor:

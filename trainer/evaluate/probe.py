@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.evaluate.datasets import IGNORE
-from trainer.evaluate.heads import Advance, Heads, train_heads, warn_of_edge
+from trainer.evaluate.heads import Heads, train_heads, warn_of_edge
 from trainer.evaluate.metrics import SegmentationMetric, SegmentationScores
 from trainer.evaluate.points import (
     Normalization,
@@ -40,6 +40,7 @@ from trainer.evaluate.points import (
     features_at,
     held,
 )
+from trainer.evaluate.progress import Advance
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar, overload
+from typing import Protocol, TypeVar
 
 import torch
 from pydantic import JsonValue, TypeAdapter
@@ -14,9 +14,9 @@ from trainer.evaluate.datasets import DepthDataset, Sample, SegmentationDataset
 from trainer.evaluate.errors import EvaluationError
 from trainer.evaluate.feature_store import FeatureStore
 from trainer.evaluate.finished import FinishedProbes, content_digest
-from trainer.evaluate.heads import Advance
 from trainer.evaluate.images import ShortSide, Size
-from trainer.evaluate.progress import Progress
+from trainer.evaluate.progress import Advance, Progress
+from trainer.evaluate.reading import LazyTensors
 from trainer.evaluate.subjects import Subject
 from trainer.evaluate.windows import Windows
 
@@ -35,24 +35,9 @@ class Settings(Protocol):
 Chosen = TypeVar("Chosen", bound=Settings)
 
 
-class Targets(Sequence[Tensor]):
-    """Label or depth maps of samples in their order, read when they are asked for."""
-
-    def __init__(self, samples: Sequence[Sample], read: Callable[[Sample], Tensor]) -> None:
-        self._samples = samples
-        self._read = read
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self._read(sample) for sample in self._samples[index]]
-        return self._read(self._samples[index])
+def targets(samples: Sequence[Sample], read: Callable[[Sample], Tensor]) -> LazyTensors:
+    """Label or depth maps of samples in their order."""
+    return LazyTensors(len(samples), lambda index: read(samples[index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +100,9 @@ def probe_all(
     """
     folder = store.folder
     finished = FinishedProbes(folder / "probes" if folder else None)
-    samples = (*dataset.train, *dataset.val)
-    files = content_digest(path for each in samples for path in (each.image, each.target))
+    every = (*dataset.train, *dataset.val)
+    paths = [path for sample in every for path in (sample.image, sample.target)]
+    files = content_digest(paths) if folder else None
     for subject in subjects:
         parts = Parts(
             *(

@@ -49,13 +49,26 @@ def record(artifact_folder: Path, result: Result) -> None:
             f"the result is not of {folder}, whose weights have digest {digest[:12]}: it has "
             + ", ".join(f"{row.subject} {row.digest[:12]}" for row in result.rows if row.digest)
         )
+    entry = _compact(result).model_dump(mode="json")
+    try:
+        json.dumps(entry, allow_nan=False)
+    except ValueError as error:
+        raise EvaluationError(
+            "a score is not a finite number, which a manifest cannot hold; see whether the model's "
+            "weights or its precision are at fault, or leave --record out"
+        ) from error
     try:
         with _alone(folder):
-            _record(folder, result)
+            _record(folder, entry)
     except OSError as error:
         raise EvaluationError(
             f"{folder} cannot be written ({error.strerror}); make it writable, or leave --record "
             "out"
+        ) from error
+    except ValueError as error:  # a file beside the manifest that is no JSON, or no text
+        raise EvaluationError(
+            f"a card or description in {folder} is damaged ({error}); mend or remove it, or leave "
+            "--record out"
         ) from error
 
 
@@ -91,8 +104,7 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
-def _record(folder: Path, result: Result) -> None:
-    entry = _compact(result).model_dump(mode="json")
+def _record(folder: Path, entry: dict[str, JsonValue]) -> None:
     # The adapter's own, so that an artifact that is made of it carries the numbers too.
     for place, file in ((folder, MANIFEST_FILE), (folder / "adapter", DESCRIPTION_FILE)):
         if not (place / file).is_file():
@@ -109,7 +121,7 @@ def _record(folder: Path, result: Result) -> None:
         replace_file(card, text.encode())
 
 
-def _key(entry: dict[str, Any]) -> list[JsonValue]:
+def _key(entry: Mapping[str, Any]) -> list[JsonValue]:
     return [entry.get("task"), entry.get("dataset"), entry.get("settings", {}).get("size")]
 
 

@@ -34,6 +34,9 @@ _TITLES = {
 CLASS_IOU = "class_iou"
 """Key of `Row.details`: class name to IoU in percent, a mean over seeds; null where absent."""
 
+MEAN = "mean"
+"""Name of a score that is the mean over several data sets."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")

@@ -13,11 +13,10 @@ from pydantic import JsonValue
 
 from trainer.evaluate.datasets import SegmentationDataset
 from trainer.evaluate.feature_store import FeatureStore
-from trainer.evaluate.heads import Advance
 from trainer.evaluate.images import Size
 from trainer.evaluate.probe import ProbeSettings, SegmentationProbe, segmentation_probe
-from trainer.evaluate.probing import Parts, Targets, check_dataset, describe_all, probe_all
-from trainer.evaluate.progress import SILENT, Progress
+from trainer.evaluate.probing import Parts, check_dataset, describe_all, probe_all, targets
+from trainer.evaluate.progress import SILENT, Advance, Progress
 from trainer.evaluate.results import CLASS_IOU, Result, Row, new_result, score
 from trainer.evaluate.subjects import Subject
 from trainer.evaluate.windows import Windows
@@ -60,8 +59,8 @@ def evaluate_segmentation(
     """
     started = time.monotonic()
     check_dataset(dataset, subjects, settings_by_seed)
-    train_labels = Targets(dataset.train, dataset.read_label)
-    val_labels = Targets(dataset.val, dataset.read_label)
+    train_labels = targets(dataset.train, dataset.read_label)
+    val_labels = targets(dataset.val, dataset.read_label)
 
     def measure(parts: Parts, settings: ProbeSettings, advance: Advance) -> SegmentationProbe:
         return segmentation_probe(

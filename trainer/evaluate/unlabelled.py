@@ -112,7 +112,7 @@ def evaluate_spurious(
             advance=advance,
         )
     thresholds = [_thresholds(layer, settings) for layer in scores[0]]
-    rows = []
+    rows: list[Row] = []
     for number, subject in enumerate(subjects):
         first, own = pairs.index(Pair(number, 0)), pairs.index(Pair(number, number))
         tally = Tally(len(pictures.images_BSS))
@@ -136,7 +136,7 @@ def evaluate_spurious(
                 details=details,
             )
         )
-    result = new_result(
+    return new_result(
         task="spurious",
         dataset=dataset,
         protocol=_PROTOCOL.format(
@@ -144,11 +144,9 @@ def evaluate_spurious(
             norms=_NORMS.format(k=settings.deviations) if local else "",
         ),
         settings=_described(pictures, settings, thresholds[-1], channels, register_width),
-        rows=rows,
+        rows=[*rows, *(difference(rows[0], row) for row in rows[1:])],
         seconds=time.monotonic() - started,
     )
-    differences = [difference(rows[0], row) for row in rows[1:]]
-    return result.model_copy(update={"rows": (*rows, *differences)})
 
 
 class _Local(NamedTuple):

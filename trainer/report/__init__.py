@@ -23,6 +23,7 @@ from backbone import DenseEncoder, is_artifact
 from backbone.errors import RefineryError
 from kernels.dispatch import KernelError, mode
 from trainer.errors import TrainerError
+from trainer.evaluate.files import replace_file
 from trainer.evaluate.progress import Progress
 from trainer.evaluate.subjects import LocalSubject, open_subjects
 from trainer.reference_image import SHIPPED
@@ -195,7 +196,7 @@ def _versions() -> dict[str, str]:
 def _write(path: Path, page: str) -> None:
     try:
         # Names of files may hold bytes that are no text.
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+        replace_file(path, page.encode(errors="backslashreplace"))
     except OSError as error:
         raise TrainerError(f"the page cannot be written to {path}: {error.strerror}") from error
 

@@ -15,7 +15,7 @@ from trainer.evaluate import results
 from trainer.evaluate.record import END, START, recorded
 from trainer.evaluate.results import Result
 from trainer.record import METRICS_FILE, read_metrics
-from trainer.report.verdict import plain_rows, title_of
+from trainer.report.verdict import plain_rows
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def _warnings(result: Result, digests: Mapping[str, str]) -> tuple[str, ...]:
     rows = plain_rows(result)
     found = []
     for row in rows:
-        ours = digests.get(title_of(row))
+        ours = digests.get(row.subject)
         if ours and row.digest and row.digest != ours:
             found.append(
-                f"The scores of {title_of(row)} are of other weights than this report shows: "
+                f"The scores of {row.subject} are of other weights than this report shows: "
                 f"digest {row.digest[:12]}, not {ours[:12]} ({row.spec or 'no source named'})."
             )
-    if not any(title_of(row) in digests for row in rows):
+    if not any(row.subject in digests for row in rows):
         names = ", ".join(row.subject for row in rows) or "none"
         found.append(
             f"No row is of a backbone of this report ({', '.join(digests)}); the rows are: {names}."

@@ -10,7 +10,7 @@ from trainer.evaluate.intervals import Interval
 from trainer.evaluate.results import CLASS_IOU, Result, Row, Score
 from trainer.report import charts
 from trainer.report.inputs import Given
-from trainer.report.verdict import DIFFERENCE, plain_rows, title_of
+from trainer.report.verdict import DIFFERENCE, plain_rows
 
 _UNITS = {"percent": "%", "metres": "m", "ratio": "", "": ""}
 _TASKS = {
@@ -114,7 +114,7 @@ def _charts(one: Result) -> str:
     for place, first in enumerate(rows[0].scores[:3]):
         dots = [
             charts.Dot(
-                title_of(row),
+                row.subject,
                 "raw" if row is rows[0] else "refined",
                 row.scores[place].interval.mean,
                 row.scores[place].interval.low,

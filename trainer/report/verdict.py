@@ -6,7 +6,7 @@ from typing import Literal
 
 from trainer.evaluate.intervals import Interval, bootstrap
 from trainer.evaluate.layers import OWN
-from trainer.evaluate.results import Result, Row, Score
+from trainer.evaluate.results import MEAN, Result, Row, Score
 from trainer.report.measure import OWN_PATTERNS, Measured
 
 Outcome = Literal["better", "worse", "unclear", "unknown"]
@@ -52,11 +52,6 @@ class Finding:
 def plain_rows(result: Result) -> list[Row]:
     """The rows of a result that are backbones, and not differences of two."""
     return [row for row in result.rows if DIFFERENCE not in row.subject]
-
-
-def title_of(row: Row) -> str:
-    """The backbone of a row: "refined, raw patterns" is of "refined"."""
-    return row.subject.partition(",")[0]
 
 
 def subject_rows(result: Result) -> tuple[Row, Row, Row] | None:
@@ -149,11 +144,13 @@ def _of_result(result: Result) -> list[Finding]:
         what = f"{score.name} on {result.dataset}"
         if result.task == "spurious":
             what = _SPURIOUS_TITLES.get(score.name, score.name)
+        elif score.name == MEAN:
+            what = f"mean mIoU on {result.dataset}"
         count = change.interval.count
         found.append(
             Finding(
                 title=what,
-                names=(title_of(raw), title_of(refined)),
+                names=(raw.subject, refined.subject),
                 unit=score.unit,
                 better=score.better,
                 raw=before.interval.mean,
@@ -167,7 +164,7 @@ def _of_result(result: Result) -> list[Finding]:
 
 def _source(result: Result, count: int) -> str:
     """What a difference is over; of images with their size, which decides much of these shares."""
-    of = "image" if result.task == "spurious" else "seed"
+    of = "seed" if result.task in ("segmentation", "depth") else "image"
     text = f"{count} {of}s" if count > 1 else f"{count} {of}"
     size = result.settings.get("size")
     if result.task == "spurious" and isinstance(size, list):
@@ -176,9 +173,11 @@ def _source(result: Result, count: int) -> str:
 
 
 def _leads(result: Result, score: Score) -> bool:
-    """Of most results the first score; of spurious tokens the joined share, and the views."""
+    """Of most results the first score; of spurious tokens the joined share, and the views; of
+    several data sets their mean."""
+    names = [each.name for each in result.rows[0].scores]
     if result.task != "spurious":
-        return score.name == result.rows[0].scores[0].name
+        return score.name == (MEAN if MEAN in names else names[0])
     return score.name in _SPURIOUS_TITLES or score.name.startswith("view ")
 
 

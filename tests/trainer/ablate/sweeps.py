@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from backbone.artifact import read_manifest
 from tests.support import tiny_artifact
 from tests.trainer.refining import image_folder, model_folder
 from trainer.evaluate import results
@@ -92,7 +93,8 @@ def finish_evaluation(words: Sequence[str]) -> None:
     rows = [("refined", [miou, miou + 2])]
     if not is_alone:
         rows.insert(0, ("raw", [RAW_MIOU, RAW_MIOU + 2]))
-    write_result(Path(value(words, "--json")), rows)
+    digest = read_manifest(Path(value(words, "--model"))).digest
+    write_result(Path(value(words, "--json")), rows, digest=digest)
 
 
 def write_result(
@@ -103,6 +105,7 @@ def write_result(
     score: str = "mIoU",
     unit: Any = "percent",
     better: Any = "higher",
+    digest: str = "",
 ) -> None:
     """A result file as `trainer.evaluate` writes it."""
     result = results.new_result(
@@ -113,6 +116,7 @@ def write_result(
         rows=[
             Row(
                 subject=name,
+                digest=digest if name == "refined" else "",
                 scores=(results.score(score, values, better=better, unit=unit),),
             )
             for name, values in rows

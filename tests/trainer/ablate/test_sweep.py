@@ -1,21 +1,21 @@
 """A sweep over a fake runner: what is done, what stays, what is refused, what fails alone."""
 
 import json
-import os
+import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import tiny_artifact
 from tests.trainer.ablate.sweeps import (
     FakeRunner,
     finish_training,
     sweep_arguments,
     value,
 )
+from tests.trainer.refining import model_folder
 from trainer.ablate.__main__ import main
-from trainer.ablate.children import Children, reason_of
 from trainer.ablate.sweep import as_duration, only_one
 from trainer.errors import TrainerError
 
@@ -124,6 +124,58 @@ def test_a_run_with_other_images_is_refused(tmp_path, capsys):
 
     assert code == 2
     assert "made with other images" in capsys.readouterr().err
+
+
+def test_a_run_of_a_backbone_that_was_trained_again_is_refused(tmp_path, capsys):
+    main(sweep_arguments(tmp_path, *VARIANTS), runner=FakeRunner())
+    (tmp_path / "model" / "README.md").write_text("Of no matter.")
+    assert main(sweep_arguments(tmp_path, *VARIANTS), runner=FakeRunner()) == 0
+    model_folder(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
+
+    code = main(sweep_arguments(tmp_path, *VARIANTS), runner=FakeRunner())
+
+    assert code == 2
+    assert "made with other weights of the same name" in capsys.readouterr().err
+
+
+def test_a_record_of_before_weights_were_kept_is_still_one(tmp_path):
+    main(sweep_arguments(tmp_path, *VARIANTS), runner=FakeRunner())
+    for path in (tmp_path / "out").rglob("ablation.json"):
+        content = json.loads(path.read_text())
+        assert content.pop("weights")
+        content["recipe"]["data"]["max_bad_share"] = 0.5  # decides nothing, and was kept too
+        path.write_text(json.dumps(content))
+    runner = FakeRunner()
+
+    assert main(sweep_arguments(tmp_path, *VARIANTS), runner=runner) == 0
+    assert runner.commands == []
+
+
+def test_results_of_a_run_that_was_made_anew_are_not_reused(tmp_path):
+    main(sweep_arguments(tmp_path, *VARIANTS), runner=FakeRunner())
+    run = tmp_path / "out" / "no-uni" / "seed-0"
+    shutil.rmtree(run / "refined")
+    again = FakeRunner()
+
+    assert main(sweep_arguments(tmp_path, *VARIANTS), runner=again) == 0
+    assert again.done == ["train no-uni/seed-0"], "the same weights: the result is of them"
+    shutil.rmtree(run / "refined")
+    tiny_artifact(run / "refined", seed=1)
+    other = FakeRunner()
+
+    assert main(sweep_arguments(tmp_path, *VARIANTS), runner=other) == 0
+    assert other.done == ["segmentation no-uni/seed-0"]
+
+
+def test_a_damaged_result_is_measured_again(tmp_path):
+    main(sweep_arguments(tmp_path, *VARIANTS), runner=FakeRunner())
+    (product,) = (tmp_path / "out" / "no-spu" / "seed-0").glob("segmentation-*.json")
+    product.write_text("{")
+    runner = FakeRunner()
+
+    assert main(sweep_arguments(tmp_path, *VARIANTS), runner=runner) == 0
+    assert runner.done == ["segmentation no-spu/seed-0"]
 
 
 def test_a_run_that_no_sweep_made_is_refused(tmp_path, capsys):
@@ -254,58 +306,6 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
         only_one(tmp_path / "out"),
     ):
         raise AssertionError("both got in")
-
-
-def test_a_child_keeps_the_folder_when_the_sweep_is_gone(tmp_path):
-    with only_one(tmp_path / "out") as lock:
-        code = "import fcntl, sys; fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        command = [sys.executable, "-S", "-c", code, str(lock.fileno())]
-
-        # Only on the very same open file is a lock that is held no obstacle.
-        assert Children([lock]).run(command, tmp_path / "log") == 0
-        assert Children().run(command, tmp_path / "log") != 0
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on_once_and_waited_for(tmp_path, signum):
-    code = """
-import os, signal, sys, time
-seen = []
-for one in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(one, lambda number, frame: seen.append(number))
-os.kill(os.getppid(), int(sys.argv[1]))
-while not seen:
-    time.sleep(0.01)
-time.sleep(0.1)
-print(seen, flush=True)
-sys.exit(75)
-"""
-    before = signal.getsignal(signum)
-    with Children() as children:
-        ended = children.run([sys.executable, "-S", "-c", code, str(int(signum))], tmp_path / "log")
-
-    assert (ended, children.signum) == (75, signum)
-    assert f"[{int(signum)}]" in (tmp_path / "log").read_text()
-    assert signal.getsignal(signum) == before
-
-
-def test_a_signal_between_two_children_reaches_the_next_one(tmp_path):
-    with Children() as children:
-        os.kill(os.getpid(), signal.SIGTERM)
-        command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-
-        assert children.run(command, tmp_path / "log") == -signal.SIGTERM
-
-
-def test_the_reason_is_the_last_error_of_the_last_command(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("\n$ first\nerror: old\n\n$ second\nerror: new\nbye\n")
-
-    assert reason_of(2, log) == "exit code 2: error: new"
-    log.write_text("\n$ first\nhello\nbye\n")
-    assert reason_of(1, log) == "exit code 1: bye"
-    assert reason_of(-9, log) == "killed by SIGKILL"
-    assert reason_of(1, tmp_path / "missing") == "exit code 1"
 
 
 def test_durations_are_for_people():

@@ -17,6 +17,7 @@ from trainer.errors import TrainerError
         ("no-uni:loss.temperature=1", "is the name of something else"),
         ("raw:loss.temperature=1", "is the name of something else"),
         ("served-width-3:loss.temperature=1", "is the name of something else"),
+        ("late:loss.temperature=1,run.seed=7", "leave run.seed out"),
     ],
 )
 def test_a_variant_of_the_user_is_refused_by_what_is_wrong_with_it(text, message):

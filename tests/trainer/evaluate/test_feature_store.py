@@ -242,6 +242,15 @@ def test_a_cut_off_image_is_named(store, samples):
         store.features(Colours(), samples, size=SIZE)
 
 
+def test_too_many_images_at_once_for_the_device_say_what_to_give(store, samples):
+    class Small(Colours):
+        def encode(self, images):
+            raise torch.OutOfMemoryError(f"no room for {len(images)}")
+
+    with pytest.raises(EvaluationError, match="raw has no room .* 5 images .* --batch-size"):
+        store.features(Small(), samples, size=SIZE)
+
+
 def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, samples):
     (tmp_path / "file").write_text("")
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from trainer.evaluate.files import replace_file
@@ -21,3 +23,14 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path):
         replace_file(tmp_path / "folder", b"new")
 
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_content_is_on_the_disk_before_the_name_is_taken(tmp_path, monkeypatch):
+    done = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("sync"), sync(number)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("rename"), rename(*paths)))
+
+    replace_file(tmp_path / "file", b"new")
+
+    assert done == ["sync", "rename"]

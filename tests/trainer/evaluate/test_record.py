@@ -141,6 +141,22 @@ def test_a_result_of_other_weights_and_a_folder_without_artifact_are_refused(fol
     assert not load_artifact(other).manifest.evaluations
 
 
+def test_what_is_no_number_stays_out_of_the_manifest(folder):
+    before = (folder / "refinery.json").read_bytes()
+
+    with pytest.raises(EvaluationError, match="is not a finite number"):
+        record(folder, result_of(folder, float("nan")))
+
+    assert (folder / "refinery.json").read_bytes() == before
+
+
+def test_a_damaged_card_is_named(folder):
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+
+    with pytest.raises(EvaluationError, match="a card or description in .* is damaged"):
+        record(folder, result_of(folder))
+
+
 def test_what_cannot_be_written_leaves_the_artifact_whole(folder, monkeypatch):
     record(folder, result_of(folder, 10.0))
     card, replace = card_of(folder), os.replace

@@ -53,6 +53,31 @@ def test_fewer_spurious_tokens_are_better():
     assert found["view margin (shift)"].outcome == "unclear"
 
 
+def test_images_are_not_called_seeds_and_several_data_sets_have_one_number():
+    def row(name, *values):
+        scores = [
+            score(title, [value, value + 1], better="higher", unit="percent")
+            for title, value in zip(("voc21", "ade20k", "mean"), values, strict=True)
+        ]
+        return Row(subject=name, scores=tuple(scores))
+
+    result = new_result(
+        task="zeroshot",
+        dataset="voc21, ade20k",
+        protocol="",
+        settings={},
+        rows=(row("raw", 10, 20, 15), row("refined", 20, 20, 20)),
+        seconds=1,
+    )
+
+    (found,) = find(NOTHING, [result])
+
+    assert found.title == "mean mIoU on voc21, ade20k"
+    assert (found.raw, found.refined, found.source) == (15.5, 20.5, "2 images")
+    (probe,) = find(NOTHING, [segmentation_result([1, 2, 3], [4, 5, 6])])
+    assert probe.source == "3 seeds"
+
+
 def test_the_sentence_names_what_is_worse():
     results = [
         segmentation_result([40, 41, 42], [43, 44, 45.5], dataset="a"),

@@ -73,7 +73,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         f"for two backbones on 700 images (default {_FEATURES})",
     )
     group.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="B", help="images encoded at once"
+        "--batch-size", type=positive, default=16, metavar="B", help="images encoded at once"
     )
 
 
@@ -84,14 +84,14 @@ def add_probe_arguments(
     group = parser.add_argument_group("probe")
     group.add_argument(
         "--seeds",
-        type=_positive,
+        type=positive,
         default=_SEEDS,
         metavar="N",
         help=f"probes with the seeds 0 to N - 1; intervals need 2 (default {_SEEDS})",
     )
     group.add_argument(
         "--steps",
-        type=_positive,
+        type=positive,
         default=steps,
         metavar="N",
         help=f"optimiser steps (default {steps})",
@@ -203,7 +203,8 @@ def publish(result: Result, arguments: argparse.Namespace) -> None:
         record(Path(arguments.model), result)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of arguments that are counts, of 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")

@@ -43,9 +43,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="DIR|FILE",
         help="folder of images, searched recursively; a list; or tar shards",
     )
-    add("--num-images", type=_count, default=64, help="used, chosen by --seed (default 64)")
+    add(
+        "--num-images", type=common.positive, default=64, help="used, chosen by --seed (default 64)"
+    )
     add("--seed", type=int, default=0)
-    add("--size", type=_count, help="side of the square images in pixels; default the model's own")
+    add(
+        "--size",
+        type=common.positive,
+        help="side of the square images in pixels; default the model's own",
+    )
     add("--threshold", type=float, default=0.5, help="cosine of FP and GP (default 0.5)")
     add("--sigma", type=float, help="instead: mean plus so many deviations of the raw one's scores")
     add("--norm-deviations", type=float, default=DEVIATIONS, help="of outliers (default 5)")
@@ -122,10 +128,3 @@ def _layers(asked: list[int] | None) -> tuple[int, ...]:
 def _channels(subject: Subject) -> tuple[int, ...]:
     manifest = subject.encoder.manifest if isinstance(subject, LocalSubject) else None
     return manifest.channel_mask if manifest else ()
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number

@@ -175,7 +175,7 @@ def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         help="where embeddings of patches are kept, for a run that goes on or that tries other "
         "names: 2 * (H / patch) * (W / patch) * channels bytes an image (default none)",
     )
-    add("--batch-size", type=int, default=8, metavar="B", help="images encoded at once")
+    add("--batch-size", type=common.positive, default=8, metavar="B", help="images encoded at once")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,14 +1,12 @@
 """Embeddings of class names: the mean over prompt templates, kept on disk.
 
-What a file is of is in its name: the tower's digest and the token numbers of all prompts, so that
+What a file is of is in its name: the tower's key and the token numbers of all prompts, so that
 another tokenizer, template or spelling has another file, and data sets share what they share.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.evaluate.files import replace_file
 from trainer.evaluate.progress import SILENT, Progress
 from trainer.evaluate.zeroshot.errors import ZeroshotError
 from trainer.evaluate.zeroshot.text import TextTower
@@ -55,7 +54,7 @@ class ClassEmbeddings:
         tokens = self._tower.tokenize([template.format(name) for template in self._templates])
         path = None
         if self._folder is not None:
-            digest = hashlib.sha256(self._tower.digest.encode())
+            digest = hashlib.sha256(self._tower.key.encode())
             digest.update(f"{list(tokens.shape)}".encode())
             digest.update(tokens.numpy().tobytes())
             path = self._folder / f"{digest.hexdigest()}.safetensors"
@@ -78,10 +77,7 @@ def _read(path: Path) -> Tensor | None:
 
 def _write(path: Path, embedding_P: Tensor) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
-            file.write(save({"embedding": embedding_P}))
-        os.replace(file.name, path)
+        replace_file(path, save({"embedding": embedding_P}))
     except OSError as error:
         raise ZeroshotError(
             f"text embeddings cannot be written to {path.parent} ({error.strerror}); give another "

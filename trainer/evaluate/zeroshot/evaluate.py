@@ -21,11 +21,17 @@ from trainer.evaluate.feature_store import FeatureStore
 from trainer.evaluate.images import Size
 from trainer.evaluate.metrics import SegmentationMetric
 from trainer.evaluate.progress import SILENT, Progress
-from trainer.evaluate.results import CLASS_IOU, Result, Row, new_result, score
+from trainer.evaluate.results import CLASS_IOU, MEAN, Result, Row, new_result
 from trainer.evaluate.windows import Windows
 from trainer.evaluate.zeroshot.aligned import AlignedSubject
 from trainer.evaluate.zeroshot.errors import ZeroshotError
-from trainer.evaluate.zeroshot.intervals import bootstrapped, class_iou, counts_of, scores_of
+from trainer.evaluate.zeroshot.intervals import (
+    bootstrapped,
+    class_iou,
+    counts_of,
+    mean_of,
+    scores_of,
+)
 from trainer.evaluate.zeroshot.labelling import label_map
 from trainer.evaluate.zeroshot.tokens import Family
 from trainer.evaluate.zeroshot.vocabulary import Vocabulary
@@ -108,7 +114,8 @@ def evaluate_zeroshot(
         images.check_size(settings.size, subject.patch_size, subject.name)
         if settings.windows is not None:
             settings.windows.check(subject.patch_size)
-    rows, draws = [], []
+    rows: list[Row] = []
+    draws: list[Tensor] = []
     for subject in subjects:
         counts_I3K = _counts(
             dataset, vocabulary, embeddings_QP, subject, settings, store=store, progress=progress
@@ -124,7 +131,14 @@ def evaluate_zeroshot(
                 details={CLASS_IOU: dict(class_iou(counts_I3K, dataset.classes))},
             )
         )
-    result = new_result(
+    differences = [
+        Row(
+            subject=f"{row.subject} minus {rows[0].subject}",
+            scores=scores_of(later - draws[0], len(dataset.val)),
+        )
+        for row, later in zip(rows[1:], draws[1:], strict=True)
+    ]
+    return new_result(
         task="zeroshot",
         dataset=dataset.name,
         protocol=f"Open-vocabulary segmentation without training: {_PATHS[settings.path]}, through "
@@ -140,17 +154,9 @@ def evaluate_zeroshot(
             "threshold": settings.threshold if settings.threshold is not None else "none",
             "scale": settings.scale,
         },
-        rows=rows,
+        rows=[*rows, *differences],
         seconds=time.monotonic() - started,
     )
-    differences = [
-        Row(
-            subject=f"{row.subject} minus {rows[0].subject}",
-            scores=scores_of(later - draws[0], len(dataset.val)),
-        )
-        for row, later in zip(rows[1:], draws[1:], strict=True)
-    ]
-    return result.model_copy(update={"rows": (*rows, *differences)})
 
 
 def benchmark_table(results: Sequence[Result]) -> Result:
@@ -163,7 +169,6 @@ def benchmark_table(results: Sequence[Result]) -> Result:
             each.model_copy(update={"name": result.dataset})
             for each, result in zip(miou, results, strict=True)
         ]
-        mean = sum(each.interval.mean for each in miou) / len(miou)
         details: dict[str, JsonValue] = {
             result.dataset: {
                 **{each.name: each.interval.mean for each in result.rows[number].scores},
@@ -174,13 +179,13 @@ def benchmark_table(results: Sequence[Result]) -> Result:
         rows.append(
             row.model_copy(
                 update={
-                    "scores": (*named, score("mean", [mean], better="higher", unit="percent")),
+                    "scores": (*named, mean_of(MEAN, miou)),
                     "details": details,
                 }
             )
         )
     names = [result.dataset for result in results]
-    table = new_result(
+    return new_result(
         task="zeroshot",
         dataset=", ".join(names),
         protocol=first.protocol + " mIoU of every data set, and their mean.",
@@ -188,7 +193,6 @@ def benchmark_table(results: Sequence[Result]) -> Result:
         rows=rows,
         seconds=sum(result.seconds for result in results),
     )
-    return table.model_copy(update={"rows": tuple(rows)})
 
 
 def _merged(results: Sequence[Result]) -> dict[str, JsonValue]:

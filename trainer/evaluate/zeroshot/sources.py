@@ -38,11 +38,14 @@ class TowerFiles:
         checkpoint: Its tensors.
         config: Of its config.json; empty where there is none.
         tokenizer: Folder to look for a tokenizer in.
+        is_quick_gelu: OpenCLIP's configuration, where it lies beside, says that activations are
+            QuickGELU, as in OpenAI's models: a checkpoint does not say it.
     """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
     tokenizer: Path
+    is_quick_gelu: bool = False
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Copies of the tensors whose keys are wanted; no other is read."""
@@ -74,10 +77,12 @@ def find_tower(spec: str, *, tokenizer: str | None = None) -> TowerFiles:
     # A file of another name than transformers' may lie beside a configuration of something else.
     is_described = path.is_dir() or path.name in (*INDEX_FILES, *WEIGHTS_FILES)
     config = _read_config(folder / "config.json") if is_described else {}
+    model = _read_config(folder / "open_clip_config.json").get("model_cfg")
     return TowerFiles(
         checkpoint=open_checkpoint(path),
         config=config,
         tokenizer=_tokenizer_folder(tokenizer) if tokenizer else folder,
+        is_quick_gelu=isinstance(model, dict) and bool(model.get("quick_gelu")),
     )
 
 

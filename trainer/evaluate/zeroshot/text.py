@@ -11,6 +11,8 @@ transformers'.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from trainer.evaluate.zeroshot.tokens import Family, Tokenize, open_tokenizer
 
 _BATCH = 64
 _HEAD_WIDTH = 64  # channels of a head in every text tower of OpenAI, OpenCLIP and EVA-CLIP
+# What tensors do not say.
+_DECIDING = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
 _ORIGINAL_NAMES = (
     (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
     (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"encoder.layers.\1.layer_norm\2."),
@@ -47,6 +51,7 @@ class TextTower:
         family: Which visual side belongs to it.
         dim: P, channels of an embedding.
         digest: SHA-256 of its weights.
+        key: Hex; of the weights and of what the configuration decides beside them.
         scale: Cosines are multiplied by this before a softmax, as in training.
         tokenize: Texts to token numbers [texts, tokens].
     """
@@ -54,6 +59,7 @@ class TextTower:
     family: Family
     dim: int
     digest: str
+    key: str
     scale: float
     tokenize: Tokenize
     model: nn.Module
@@ -90,10 +96,13 @@ def open_text_tower(files: TowerFiles) -> TextTower:
         vocabulary=int(settings.vocab_size),
     )
     final = "text_model.head.weight" if family == "siglip" else "text_projection.weight"
+    digest = weights_digest(tensors)
+    decided = [str(getattr(settings, name)) for name in _DECIDING]
     return TextTower(
         family=family,
         dim=int(tensors[final].shape[0]),
-        digest=weights_digest(tensors),
+        digest=digest,
+        key=hashlib.sha256(json.dumps([digest, *decided]).encode()).hexdigest(),
         scale=float(scale.float().exp()) if scale is not None else 100.0,
         tokenize=tokenize,
         model=model,
@@ -131,7 +140,10 @@ def _text_tensors(files: TowerFiles) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _from_original(files: TowerFiles, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """From the names of the original releases; their activation is GELU, as EVA's and LAION's."""
+    """From the names of the original releases.
+
+    Their activation is GELU, as EVA's and LAION's, unless OpenCLIP's configuration says otherwise.
+    """
     parts = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
     given = files.read(
         lambda key: (
@@ -165,7 +177,7 @@ def _from_original(files: TowerFiles, prefix: str) -> tuple[dict[str, Tensor], d
         "num_hidden_layers": 1 + max((int(each[1]) for each in numbers if each), default=-1),
         "num_attention_heads": max(1, width // _HEAD_WIDTH),
         "max_position_embeddings": len(found["text_model.embeddings.position_embedding.weight"]),
-        "hidden_act": "gelu",
+        "hidden_act": "quick_gelu" if files.is_quick_gelu else "gelu",
         "eos_token_id": 2,  # the text ends at its highest token number, as in the original code
     }
     return found, config

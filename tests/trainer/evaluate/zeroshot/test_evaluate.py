@@ -210,6 +210,8 @@ def test_the_table_of_benchmarks_has_their_mean(tmp_path):
     row = table.rows[0]
     assert [score.name for score in row.scores] == ["planted", "noise", "mean"]
     assert row.scores[2].interval.mean == pytest.approx((value(first) + value(second)) / 2)
+    assert row.scores[2].interval.count == 6
+    assert [each.subject for each in table.rows] == ["raw"]
     assert table.dataset == "planted, noise"
     assert row.details["noise"][CLASS_IOU] == second.rows[0].details[CLASS_IOU]
     assert json.loads(table.model_dump_json())["rows"][0]["details"]["planted"]["mIoU"] == 100

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from trainer.evaluate.metrics import SegmentationMetric
-from trainer.evaluate.zeroshot.intervals import bootstrapped, class_iou, counts_of, scores_of
+from trainer.evaluate.zeroshot.intervals import (
+    bootstrapped,
+    class_iou,
+    counts_of,
+    mean_of,
+    scores_of,
+)
 
 
 def random_counts(num_images=12, num_classes=4, seed=0):
@@ -60,3 +66,15 @@ def test_one_image_has_no_interval():
 
     assert interval.low == interval.mean == interval.high
     assert interval.std == 0
+
+
+def test_the_mean_of_data_sets_is_as_wide_as_if_they_were_the_same_images():
+    counts = random_counts()[0]
+    twice = [scores_of(bootstrapped(counts), len(counts))[0]] * 2
+
+    mean = mean_of("mean", twice)
+
+    assert mean.name == "mean"
+    assert mean.interval.count == 24
+    for end in ("mean", "std", "low", "high"):
+        assert getattr(mean.interval, end) == pytest.approx(getattr(twice[0].interval, end))

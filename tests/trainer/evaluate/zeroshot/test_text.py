@@ -113,6 +113,25 @@ def test_eva_clips_own_file_is_the_same_tower(eva, tokenizer, tmp_path):
     torch.testing.assert_close(found.embed(PROMPTS), expected.embed(PROMPTS), **CLOSE)
 
 
+def test_openclips_configuration_says_which_activation_a_file_has(eva, tokenizer, tmp_path):
+    # OpenAI's weights in OpenCLIP's names have QuickGELU, and no tensor says so.
+    tensors = towers.in_original_names(load_file(eva[0] / "model.safetensors"))
+    save_file(tensors, tmp_path / "open_clip_model.safetensors")
+    spec, given = str(tmp_path / "open_clip_model.safetensors"), {"tokenizer": str(tokenizer)}
+    plain = open_text_tower(find_tower(spec, **given))
+    configuration = tmp_path / "open_clip_config.json"
+
+    configuration.write_text('{"model_cfg": {"embed_dim": 8}}')
+    same = open_text_tower(find_tower(spec, **given))
+    configuration.write_text('{"model_cfg": {"quick_gelu": true}}')
+    quick = open_text_tower(find_tower(spec, **given))
+
+    assert torch.equal(same.embed(PROMPTS), plain.embed(PROMPTS))
+    assert not torch.allclose(quick.embed(PROMPTS), plain.embed(PROMPTS), atol=1e-4)
+    assert quick.digest == plain.digest
+    assert quick.key != plain.key == same.key, "embeddings on disk must not be taken for the other"
+
+
 def test_longer_texts_end_where_the_tower_does(clip):
     tower = open_text_tower(find_tower(str(clip[0])))
 
