@@ -218,19 +218,21 @@ class Objective(nn.Module):
         self,
         encoder: VisionTransformer,
         pixels_V3SS: Tensor,
+        seen_V3SS: Tensor,
         centre_VN2: Tensor,
         patch_side_V: Tensor,
         *,
         visible_fraction: float,
         generator: torch.Generator,
     ) -> Losses:
+        """Losses of views `pixels_V3SS` of which the encoder is shown `seen_V3SS`."""
         num_views, num_patches = centre_VN2.shape[:2]
         num_visible = round(num_patches * visible_fraction)
         order_VN = torch.rand(num_views, num_patches, generator=generator).argsort(dim=1)
         visible_VK, hidden_VH = order_VN[:, :num_visible], order_VN[:, num_visible:]
 
         with torch.autocast("cpu", torch.bfloat16):
-            tokens_VTC = encode_visible(encoder, pixels_V3SS, visible_VK)
+            tokens_VTC = encode_visible(encoder, seen_V3SS, visible_VK)
             predicted_VHD = self.decoder(tokens_VTC, visible_VK, hidden_VH).float()
             scene_VD = self.scene_projector(tokens_VTC[:, 0])
         target_VND = gradient_and_colour(pixels_V3SS, patch_size=self.patch_size)

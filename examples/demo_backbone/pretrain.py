@@ -33,6 +33,7 @@ from examples.demo_backbone.views import (
     PIXEL_STD,
     Views,
     ViewSampler,
+    border_some,
     jitter_and_normalise,
     load_photos,
     patch_centres,
@@ -147,7 +148,11 @@ class Trainer:
             base_grid=224 // PATCH_SIZE,
             weights=LossWeights(*arguments.weights),
         )
+        if arguments.start is not None and (arguments.start / "checkpoint.pt").is_file():
+            state = torch.load(arguments.start / "checkpoint.pt", weights_only=True)
+            self.objective.load_state_dict(state["objective"])
         self.optimizer = build_optimizer([self.encoder, self.objective])
+        self.border_share: float = arguments.border_share
         self.step = 0
         self.views_seen = 0
 
@@ -157,9 +162,17 @@ class Trainer:
             group["lr"] = learning_rate
         pixels_V3SS = jitter_and_normalise(views.pixels_V3SS, self.generator)
         centre_VN2, patch_side_V = patch_centres(views.plan, PATCH_SIZE)
+        seen_V3SS, centre_VN2 = border_some(
+            pixels_V3SS,
+            centre_VN2,
+            share=self.border_share,
+            patch_size=PATCH_SIZE,
+            generator=self.generator,
+        )
         losses: Losses = self.objective(
             self.encoder,
             pixels_V3SS,
+            seen_V3SS,
             centre_VN2,
             patch_side_V,
             visible_fraction=visible_fraction,
@@ -256,6 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="train for this long, on any machine")
     budget.add_argument("--steps", type=int, help="train for this many steps, repeatably")
+    parser.add_argument("--rate", type=float, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument(
@@ -269,7 +283,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--start",
         type=Path,
-        help="folder of an earlier run to start from: only the encoder, with larger views",
+        help="folder of an earlier run to start from, with larger views",
+    )
+    parser.add_argument(
+        "--border-share",
+        type=float,
+        default=0.0,
+        help="share of views with noise around them, as a register border (default 0)",
     )
     parser.add_argument("--resume", action="store_true", help="continue from OUTPUT/checkpoint.pt")
     return parser.parse_args()
@@ -299,15 +319,17 @@ def main() -> None:
     sampler = ViewSampler(photos, sampler_generator, threads=1)
     budget = Budget(minutes=arguments.minutes, steps=arguments.steps, spent_seconds=spent_seconds)
     schedule = (
-        Schedule(STAGES, LEARNING_RATE)
+        Schedule(STAGES, arguments.rate or LEARNING_RATE)
         if arguments.start is None
-        else Schedule(LATER_STAGES, LATER_LEARNING_RATE)
+        else Schedule(LATER_STAGES, arguments.rate or LATER_LEARNING_RATE)
     )
     losses = train(trainer, sampler, budget, schedule, checkpoint)
 
     record = {
         "seed": arguments.seed,
         "start": _start_record(arguments.start),
+        "rate": schedule.peak,
+        "border_share": arguments.border_share,
         "num_photos": len(photos),
         "steps": trainer.step,
         "views_seen": trainer.views_seen,

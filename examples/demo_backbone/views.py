@@ -151,6 +151,46 @@ def jitter_and_normalise(pixels_V3SS: Tensor, generator: torch.Generator) -> Ten
     return changed_V3P.sub_(PIXEL_MEAN).div_(PIXEL_STD).view(pixels_V3SS.shape)
 
 
+NOWHERE = 1e9  # pixels; no place of the other view is near
+
+
+def border_some(
+    pixels_V3SS: Tensor,
+    centre_VN2: Tensor,
+    *,
+    share: float,
+    patch_size: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Noise instead of the outermost patches of a share of views, as in a register border.
+
+    A backbone that never saw noise around an image is disturbed by it, whatever the adapter learns.
+
+    Args:
+        pixels_V3SS: Normalised.
+        centre_VN2: See `patch_centres`.
+        share: Of views, 0 to 1.
+
+    Returns:
+        What the encoder sees, and the centres: a patch of noise is nowhere.
+    """
+    if share == 0:
+        return pixels_V3SS, centre_VN2
+    count, _, side, _ = pixels_V3SS.shape
+    is_inner_SS = torch.zeros(side, side, dtype=torch.bool)
+    is_inner_SS[patch_size:-patch_size, patch_size:-patch_size] = True
+    is_bordered_V = torch.rand(count, generator=generator) < share
+    noise_V3SS = torch.randn(pixels_V3SS.shape, generator=generator)
+    is_noise_V1SS = is_bordered_V[:, None, None, None] & ~is_inner_SS
+    is_noise_VN1 = is_noise_V1SS[:, :, ::patch_size, ::patch_size].flatten(2).transpose(1, 2)
+    sign_V11 = torch.ones(count, 1, 1)
+    sign_V11[count // 2 :] = -1  # the two views of a photograph: on opposite sides of it
+    return (
+        torch.where(is_noise_V1SS, noise_V3SS, pixels_V3SS),
+        torch.where(is_noise_VN1, sign_V11 * NOWHERE, centre_VN2),
+    )
+
+
 def patch_centres(plan: ViewPlan, patch_size: int) -> tuple[Tensor, Tensor]:
     """Where each patch of each view lies in its photograph.
 
