@@ -239,8 +239,15 @@ def open_model(
     random_weights: bool = False,
     device: torch.device | str = "cpu",
     precision: Precision = "auto",
+    expects_raw: bool = False,
 ) -> DenseEncoder:
     """Open an artifact, or any backbone that `Backbone.load` reads, for encoding.
+
+    Args:
+        spec: Artifact, or what `Backbone.load` reads.
+        weights, random_weights: See `Backbone.load`; with either, an artifact is not one.
+        device, precision: Of the encoder.
+        expects_raw: Whoever calls knows that the backbone may be raw, so that it is no warning.
 
     Raises:
         ModelError: see `load_artifact` and `Backbone.load`.
@@ -264,7 +271,8 @@ def open_model(
         origin = backbone.origin
         digest = origin.digest if origin else weights_digest(backbone.vit.state_dict())
         encoder = DenseEncoder(backbone, digest=digest, device=device, precision=precision)
-        logger.warning("%s is not an artifact: features are raw, without register border", spec)
+        if not expects_raw:
+            logger.warning("%s is not an artifact: features are raw, without register border", spec)
     logger.info(
         "loaded %s (%s, digest %s) on %s in %s, %.1f s",
         spec,

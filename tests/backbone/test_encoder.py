@@ -70,6 +70,13 @@ def test_tokens_of_an_image_count_border_and_prefix(encoder):
     assert encoder.num_tokens(64, 96, register_width=0) == 4 * 6 + 1
 
 
+@pytest.mark.parametrize(("expects_raw", "warnings"), [(False, 1), (True, 0)])
+def test_a_raw_backbone_is_warned_of_unless_it_is_expected(caplog, expects_raw, warnings):
+    open_model("vit_tiny_patch16_224", random_weights=True, expects_raw=expects_raw)
+
+    assert caplog.text.count("is not an artifact: features are raw") == warnings
+
+
 def test_a_raw_backbone_has_no_border():
     encoder = open_model("vit_tiny_patch16_224", random_weights=True, precision="fp32")
 

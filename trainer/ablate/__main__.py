@@ -5,6 +5,7 @@ python -m trainer.ablate --recipe demo --images PHOTOS --output runs/ablations -
 """
 
 import argparse
+import json
 import logging
 import shlex
 import sys
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None, *, runner: Runner | None = None) -> 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         source = RecipeSource(options.recipe, _settings(options))
+        source.check_backbone()
         rows = resolve(choose_variants(options.variants, options.custom, source), source)
         if options.list:
             _write(_listing(rows))
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--recipe", default="paper", metavar="NAME|FILE", help="what is ablated (default: paper)")
+    add("--backbone", metavar="NAME|PATH", help="timm name or model folder; sets backbone.name")
     add("--images", metavar="DIR|FILE", help="training images, as for python -m trainer")
     add("--output", type=Path, metavar="DIR", help="folder of the sweep, made if missing")
     add("--variants", metavar="A,B,C", help="only these beside full (default: all)")
@@ -184,8 +187,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> tuple[str, ...]:
-    steps = [] if options.max_steps is None else [f"run.max_steps={options.max_steps}"]
-    return (*options.set, *steps)
+    settings: list[str] = list(options.set)
+    if options.backbone is not None:
+        settings.append(f"backbone.name={json.dumps(options.backbone)}")
+    if options.max_steps is not None:
+        settings.append(f"run.max_steps={options.max_steps}")
+    return tuple(settings)
 
 
 def _listing(rows: Sequence[ResolvedVariant]) -> str:

@@ -84,7 +84,10 @@ def measure(kind: Kind, text: str) -> Measure:
         )
     for flag in flags:
         if flag.partition("=")[0] in _TAKEN:
-            raise DataError(f"--{_option(kind)} {text!r}: {flag} is set by the sweep; leave it out")
+            instead = ", and give --probe-seeds to the sweep" if flag.startswith("--seeds") else ""
+            raise DataError(
+                f"--{_option(kind)} {text!r}: {flag} is set by the sweep; leave it out{instead}"
+            )
     return Measure(kind, folder, flags, folder.resolve().name)
 
 

@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
-from backbone.errors import ModelError
+from backbone.errors import ModelError, ModelNotFoundError
 from backbone.registers import border_width
 from trainer.ablate.variants import (
     FULL,
@@ -71,6 +72,29 @@ class RecipeSource:
         """Width in patches of the border that is trained."""
         registers = self.full.registers
         return border_width((self.grid, self.grid), registers.r_reg, registers.rounding)
+
+    def check_backbone(self) -> None:
+        """Refuse a recipe whose every row would fail, as its backbone cannot be found.
+
+        Raises:
+            RecipeError: there is no such model, or no such file or folder of weights.
+        """
+        section = self.full.backbone
+        try:
+            _ = self._architecture
+        except ModelNotFoundError as error:
+            problem = str(error)
+        except ModelError:
+            return  # it is here; who needs its sizes says what is wrong with it
+        else:
+            if section.weights is None or Path(section.weights).exists():
+                return
+            problem = f"backbone.weights {section.weights} does not exist"
+        raise RecipeError(
+            f"the backbone of recipe {self.name} cannot be found: {problem} (paths count from the "
+            f"current folder, {Path.cwd()}; give --set backbone.name=PATH, or --backbone PATH, "
+            "and --set backbone.weights=PATH where the recipe names weights)"
+        )
 
     def laid_on(self, method: Method | None) -> tuple[str, Method | None]:
         """Recipe and variant for `load_recipe` and the command line, where `method` is wanted."""

@@ -65,7 +65,12 @@ VARIANTS: tuple[Variant, ...] = (
         "without the register-guided filter",
         ("filters.register_guided.enabled=false",),
     ),
-    Variant(WIDE, "trained with a border twice as wide"),  # its r_reg follows from the recipe
+    # Its r_reg follows from the recipe.
+    Variant(
+        WIDE,
+        "trained with a border twice as wide (r_reg divides the grid: a smaller number is a wider "
+        "border)",
+    ),
     Variant("fill-zeros", "border of zeros", ("registers.fill=zeros",)),
     Variant("fill-gaussian", "border of Gaussian noise", ("registers.fill=gaussian",)),
     Variant("fill-uniform", "border of uniform noise", ("registers.fill=uniform",)),

@@ -187,7 +187,8 @@ def depth_probe(
     best = coarse.index(min(coarse))
     learning_rate = settings.learning_rates[best]
     by_rate = dict(zip(settings.learning_rates, coarse, strict=True))
-    logger.info("RMSE by learning rate: %s", by_rate)
+    shown = ", ".join(f"{rate:g} {rmse:.3f} m" for rate, rmse in by_rate.items())
+    logger.info("RMSE by learning rate: %s", shown)
     for grid_hwC, truth_HW in zip(val_grids, val_depths, strict=True):
         height, width = truth_HW.shape
         metric.update(

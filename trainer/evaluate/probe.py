@@ -157,7 +157,8 @@ def segmentation_probe(
     best = coarse.index(max(coarse))
     learning_rate = settings.learning_rates[best]
     by_rate = dict(zip(settings.learning_rates, coarse, strict=True))
-    logger.info("mIoU by learning rate: %s", by_rate)
+    shown = ", ".join(f"{rate:g} {100 * miou:.1f} %" for rate, miou in by_rate.items())
+    logger.info("mIoU by learning rate: %s", shown)
     metric = SegmentationMetric(num_classes, device=device)
     for grid_hwC, label_HW in zip(val_grids, val_labels, strict=True):
         metric.update(*_predict(heads, normalize, grid_hwC, label_HW, only=best, device=device))

@@ -2,7 +2,8 @@
 
     record(Path("runs/siglip/refined"), result)
 
-A result takes the place of an earlier one of the same task, data set and size. The card's section
+A result takes the place of an earlier one of the same task, data set and size, also if that was
+measured with other settings; a log line says what went and what differs. The card's section
 is written from what the manifest has then, between two comments; what stands outside of them is
 left as it is. Weights are not touched, and neither is their digest.
 """
@@ -10,6 +11,7 @@ left as it is. Weights are not touched, and neither is their digest.
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +23,10 @@ from backbone.artifact import MANIFEST_FILE, read_manifest
 from trainer.adapter_file import CARD_FILE, DESCRIPTION_FILE
 from trainer.evaluate.errors import EvaluationError
 from trainer.evaluate.files import replace_file
-from trainer.evaluate.layers import layer_table, score_table
+from trainer.evaluate.layers import BY_LAYER, layer_table, score_table
 from trainer.evaluate.results import Result, markdown, table
+
+logger = logging.getLogger(__name__)
 
 START = "<!-- measured: written by python -m trainer.evaluate --record -->"
 END = "<!-- end of what was measured -->"
@@ -59,7 +63,7 @@ def record(artifact_folder: Path, result: Result) -> None:
         ) from error
     try:
         with _alone(folder):
-            _record(folder, entry)
+            replaced = _record(folder, entry)
     except OSError as error:
         raise EvaluationError(
             f"{folder} cannot be written ({error.strerror}); make it writable, or leave --record "
@@ -70,6 +74,8 @@ def record(artifact_folder: Path, result: Result) -> None:
             f"a card or description in {folder} is damaged ({error}); mend or remove it, or leave "
             "--record out"
         ) from error
+    for old in replaced:
+        _tell(old, entry)
 
 
 def recorded(evaluations: Sequence[Mapping[str, Any]]) -> list[Result]:
@@ -104,14 +110,18 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
-def _record(folder: Path, entry: dict[str, JsonValue]) -> None:
+def _record(folder: Path, entry: dict[str, JsonValue]) -> list[dict[str, Any]]:
+    """Returns what the manifest had in the entry's place."""
+    replaced: list[dict[str, Any]] = []
     # The adapter's own, so that an artifact that is made of it carries the numbers too.
     for place, file in ((folder, MANIFEST_FILE), (folder / "adapter", DESCRIPTION_FILE)):
         if not (place / file).is_file():
             continue
         content: dict[str, Any] = json.loads((place / file).read_text(encoding="utf-8"))
-        entries = [e for e in content.get("evaluations", []) if _key(e) != _key(entry)]
-        content["evaluations"] = [*entries, entry]
+        before = content.get("evaluations", [])
+        if file == MANIFEST_FILE:
+            replaced = [e for e in before if _key(e) == _key(entry)]
+        content["evaluations"] = [*(e for e in before if _key(e) != _key(entry)), entry]
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         replace_file(place / file, text.encode())
         card = place / CARD_FILE
@@ -119,6 +129,30 @@ def _record(folder: Path, entry: dict[str, JsonValue]) -> None:
         results = "\n".join(map(result_section, recorded(content["evaluations"])))
         text = _with_section(text, f"{START}\n\n{results}\n{END}\n")
         replace_file(card, text.encode())
+    return replaced
+
+
+def _tell(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    before, after = old.get("settings", {}), new["settings"]
+    changes = [
+        f"{name} {before.get(name, 'none')} before, {after.get(name, 'none')} now"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+    if _has_layers(old) and not _has_layers(new):
+        changes.append("its table by block is gone")
+    of = f" of {before['images']} images" if "images" in before else ""
+    logger.log(
+        logging.WARNING if changes else logging.INFO,
+        "recorded; replaces the result%s of %s: %s",
+        of,
+        str(old.get("date", "an unknown date"))[:10],
+        "; ".join(changes) or "the same settings",
+    )
+
+
+def _has_layers(entry: Mapping[str, Any]) -> bool:
+    return any(BY_LAYER in row.get("details", {}) for row in entry.get("rows", ()))
 
 
 def _key(entry: Mapping[str, Any]) -> list[JsonValue]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ def open_subjects(
     if baseline == _NONE or (baseline is None and not is_refined):
         return [last]
     if baseline is not None:
-        raw = open_model(baseline, **place._asdict())
+        raw = open_model(baseline, expects_raw=True, **place._asdict())
         name = "raw" if raw.manifest is None else "baseline"
         if not is_refined:
             last.name = "model"
@@ -235,37 +236,66 @@ def _raw_of(artifact: Path, manifest: Manifest, place: _Place) -> LocalSubject:
         raise SubjectError(
             f"{artifact} was refined from random weights, which are not kept; {_ADVICE}"
         )
-    spec = str(_beside(artifact, named) or named)
     weights = section.get("weights")
-    try:
-        raw = open_model(
-            spec,
-            weights=(_beside(artifact, weights) or Path(weights)) if weights else None,
-            **place._asdict(),
-        )
-    except ModelError as error:
-        raise SubjectError(
-            f"{artifact} was refined from {named}, which cannot be loaded ({error}); {_ADVICE}"
-        ) from error
+    raw, spec = _open_raw(artifact, manifest, named, weights, place)
     raw.backbone.dense_norm = manifest.dense_norm  # a recipe may say other than the catalogue
-    found, known = raw.backbone.origin, manifest.origin
-    if found and known and found.dtype == known.dtype and found.digest != known.digest:
+    if _has_other_weights(raw, manifest):
+        assert raw.backbone.origin is not None
+        assert manifest.origin is not None
         logger.warning(
             "%s has other weights (%s) than those that %s was refined from (%s)",
             spec,
-            found.digest[:12],
+            raw.backbone.origin.digest[:12],
             artifact,
-            known.digest[:12],
+            manifest.origin.digest[:12],
         )
     return LocalSubject(raw, name="raw", spec=spec)
 
 
-def _beside(artifact: Path, named: str) -> Path | None:
-    """A path of a recipe, which counts from where the run was started: above the artifact."""
+def _open_raw(
+    artifact: Path, manifest: Manifest, named: str, weights: str | None, place: _Place
+) -> tuple[DenseEncoder, str]:
+    """The raw backbone and its path: the first with the artifact's weights, else the first."""
+    paths = _found(artifact, named.removeprefix("local-dir:"))
+    specs = [str(path) for path in paths] or [named]
+    files = (_found(artifact, weights) or [Path(weights)]) if weights else [None]
+    first: tuple[DenseEncoder, str] | None = None
+    problem: ModelError | None = None
+    for spec, file in itertools.product(specs, files):
+        try:
+            raw = open_model(spec, weights=file, expects_raw=True, **place._asdict())
+        except ModelError as error:
+            problem = problem or error
+            continue
+        if not _has_other_weights(raw, manifest):
+            return raw, spec
+        first = first or (raw, spec)
+    if first is None:
+        raise SubjectError(
+            f"{artifact} was refined from {named}, which cannot be loaded ({problem}; paths were "
+            f"looked for from {Path.cwd()}, then from {artifact.resolve().parent} and every folder "
+            f"above it); {_ADVICE}"
+        ) from problem
+    return first
+
+
+def _has_other_weights(raw: DenseEncoder, manifest: Manifest) -> bool:
+    """Whether they are known not to be the artifact's; a digest depends on the precision."""
+    found, known = raw.backbone.origin, manifest.origin
+    return bool(found and known and found.dtype == known.dtype and found.digest != known.digest)
+
+
+def _found(artifact: Path, named: str) -> list[Path]:
+    """A path of a recipe, which counts from where the run was started: wherever that may be.
+
+    From the current folder, then from the artifact's folder upwards.
+    """
+    found: dict[Path, Path] = {}
     for folder in (Path(), *artifact.resolve().parents):
-        if (folder / named).exists():
-            return folder / named
-    return None
+        path = folder / named
+        if path.exists():
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def _served(

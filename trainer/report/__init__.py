@@ -30,7 +30,7 @@ from trainer.reference_image import SHIPPED
 from trainer.report.inputs import gather_results, read_card, read_run, read_table
 from trainer.report.measure import Options, choose_images, measure, read_image, read_images
 from trainer.report.page import Content, counted, write_page
-from trainer.report.verdict import sentence
+from trainer.report.verdict import summary
 
 EXIT_USER_ERROR = 2
 _DISTRIBUTIONS = ("vit-refinery", "torch", "timm", "pillow", "numpy")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"[yellow]{escape(given.source)}:[/] {escape(text)}", soft_wrap=True)
     findings = counted(content)
     size = len(page.encode(errors="backslashreplace")) / 1e6
-    sys.stdout.write(f"{sentence(findings)}\n" if findings else "")
+    sys.stdout.write("".join(f"{line}\n" for line in summary(findings)))
     sys.stdout.write(f"{options.output}: {len(content.measured.shown)} images, {size:.1f} MB\n")
     return 0
 

@@ -81,6 +81,9 @@ def _shares(measured: Measured) -> str:
         '<div class="scroll" tabindex="0"><table><thead><tr>'
         f"<th>tokens of these images, %</th>{titles}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">Of the {len(measured.shown)} shown here only, at their sizes below. The '
+        "verdict counts a recorded result of spurious tokens instead, where there is one: its "
+        "images and their size are others, and so are its numbers.</p>"
     )
 
 

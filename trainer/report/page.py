@@ -16,7 +16,7 @@ from trainer.report.curves import curves
 from trainer.report.gallery import gallery
 from trainer.report.inputs import Given
 from trainer.report.measure import Measured
-from trainer.report.verdict import Finding, find, sentence
+from trainer.report.verdict import Finding, find, leading, summary
 
 _HERE = Path(__file__).parent
 _OUTCOMES = {
@@ -116,7 +116,7 @@ def write_page(content: Content) -> str:
 
 
 def counted(content: Content) -> list[Finding]:
-    """The findings of the head; results of other weights decide nothing."""
+    """The findings of all scores; results of other weights decide nothing."""
     return find(content.measured, [one.result for one in content.results if not one.warnings])
 
 
@@ -130,12 +130,14 @@ def _verdict(content: Content) -> str:
             f"{escape(names)}. What differs stands beside them.</p>"
         )
     findings = counted(content)
-    if not findings:
+    if not leading(findings):
         only = escape(", ".join(content.specs))
         return f'{warnings}<p class="verdict">Nothing to compare: this page shows {only} alone.</p>'
-    tiles = "".join(_tile(one) for one in findings)
+    tiles = "".join(_tile(one) for one in leading(findings))
+    headline, *rest = map(escape, summary(findings))
+    lines = "".join(f"<p>{line}</p>" for line in rest)
     return (
-        f'{warnings}<p class="verdict">{escape(sentence(findings))}</p>'
+        f'{warnings}<p class="verdict">{headline}</p>{lines}'
         f'<div class="tiles">{tiles}</div>'
         '<p class="note">Intervals are of 95 %, of the difference between refined and raw on the '
         "same images or seeds. One that holds zero counts as no clear difference. Seeds vary the "

@@ -12,6 +12,7 @@ from trainer.report.measure import OWN_PATTERNS, Measured
 Outcome = Literal["better", "worse", "unclear", "unknown"]
 DIFFERENCE = " minus "
 SPURIOUS = "spurious tokens"
+_SIGNS = {"percent": " %", "metres": " m"}
 _FEW = 3
 _OWN = "spurious tokens by each one's own patterns"
 _SPURIOUS_TITLES = {"FP or GP": f"{SPURIOUS} (FP or GP)", f"{OWN}FP or GP": f"{_OWN} (FP or GP)"}
@@ -27,6 +28,7 @@ class Finding:
         unit: As in `Score`.
         difference: Refined minus raw, with its interval.
         source: What it is of, for people: how many images or seeds.
+        leads: It counts in the headline; the others are looked through for what is worse.
     """
 
     title: str
@@ -37,6 +39,7 @@ class Finding:
     refined: float
     difference: Interval
     source: str
+    leads: bool
 
     @property
     def outcome(self) -> Outcome:
@@ -66,7 +69,7 @@ def subject_rows(result: Result) -> tuple[Row, Row, Row] | None:
 
 
 def find(measured: Measured, results: Sequence[Result]) -> list[Finding]:
-    """The numbers of the page's head: of every result its first one, and the spurious share.
+    """All scores of both backbones; those of the page's head come with `leads`.
 
     A recorded measurement of spurious tokens is of more images than the page shows: where there is
     one, it stands for the shown images.
@@ -75,6 +78,35 @@ def find(measured: Measured, results: Sequence[Result]) -> list[Finding]:
     if not any(one.title.startswith(SPURIOUS) for one in found):
         found = [*_of_images(measured), *found]
     return sorted(found, key=lambda one: not one.title.startswith(SPURIOUS))
+
+
+def leading(findings: Sequence[Finding]) -> list[Finding]:
+    """Those of the page's head: of every result its first one, and the spurious shares and views.
+
+    Which they are is fixed, so that no result can choose what it is judged by.
+    """
+    return [one for one in findings if one.leads]
+
+
+def summary(findings: Sequence[Finding]) -> list[str]:
+    """The verdict in lines: the headline, what is worse among all scores, what was counted."""
+    counted = leading(findings)
+    if not counted:
+        return []
+    lines = [sentence(counted)]
+    known = [one for one in findings if one.outcome != "unknown"]
+    worse = [_with_interval(one, findings) for one in known if one.outcome == "worse"]
+    if known:
+        lines.append(f"Clearly worse: {', '.join(worse) or f'none of all {len(known)} scores'}.")
+    return [*lines, f"The headline counts {_listed([one.title for one in counted])}."]
+
+
+def _with_interval(one: Finding, findings: Sequence[Finding]) -> str:
+    change, digits = one.difference, 2 if one.unit == "percent" else 3
+    mean, low, high = (f"{v:+.{digits}f}" for v in (change.mean, change.low, change.high))
+    is_shared = sum(other.title == one.title for other in findings) > 1
+    of = f" ({one.source})" if is_shared else ""
+    return f"{one.title}{of} {mean} [{low}, {high}]{_SIGNS.get(one.unit, '')}"
 
 
 def sentence(findings: Sequence[Finding]) -> str:
@@ -113,13 +145,18 @@ def _of_images(measured: Measured) -> list[Finding]:
     names = measured.subjects[0], measured.subjects[-1]
     shares = measured.shares()
     num = len(measured.shown)
-    raw = [100 * one.fp_gp for one in shares[names[0]]]
+    fields = {"FP or GP": "fp_gp", "FP": "fixed_pattern", "GP": "global_proxy"}
+    wanted = [(names[1], name, field) for name, field in fields.items()]
+    if measured.has_attention:
+        wanted.append((names[1], "AH", "hijacked"))
+    wanted += [(OWN_PATTERNS, OWN + name, field) for name, field in fields.items()]
     found = []
-    for row, title in ((names[1], SPURIOUS), (OWN_PATTERNS, _OWN)):
-        refined = [100 * one.fp_gp for one in shares[row]]
+    for row, name, field in wanted:
+        raw = [100 * getattr(one, field) for one in shares[names[0]]]
+        refined = [100 * getattr(one, field) for one in shares[row]]
         found.append(
             Finding(
-                title=f"{title} (FP or GP)",
+                title=_SPURIOUS_TITLES.get(name, name),
                 names=names,
                 unit="percent",
                 better="lower",
@@ -127,6 +164,7 @@ def _of_images(measured: Measured) -> list[Finding]:
                 refined=sum(refined) / num,
                 difference=bootstrap([b - a for a, b in zip(raw, refined, strict=True)]),
                 source=f"the {num} images below" if num > 1 else "the image below",
+                leads=name in _SPURIOUS_TITLES,
             )
         )
     return found
@@ -139,13 +177,13 @@ def _of_result(result: Result) -> list[Finding]:
     raw, refined, difference = rows
     found = []
     for score, before, change in zip(refined.scores, raw.scores, difference.scores, strict=True):
-        if not _leads(result, score):
-            continue
         what = f"{score.name} on {result.dataset}"
         if result.task == "spurious":
             what = _SPURIOUS_TITLES.get(score.name, score.name)
         elif score.name == MEAN:
             what = f"mean mIoU on {result.dataset}"
+        elif any(each.name == MEAN for each in raw.scores):  # the others are called by data set
+            what = f"mIoU on {score.name}"
         count = change.interval.count
         found.append(
             Finding(
@@ -157,6 +195,7 @@ def _of_result(result: Result) -> list[Finding]:
                 refined=score.interval.mean,
                 difference=change.interval,
                 source=_source(result, count),
+                leads=_leads(result, score),
             )
         )
     return found

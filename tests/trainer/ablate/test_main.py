@@ -28,6 +28,43 @@ def test_the_list_spells_out_what_every_variant_sets(capsys):
     assert "--register-width 2" in shown
 
 
+def test_the_list_says_which_way_r_reg_counts(capsys):
+    assert main(["--recipe", "dinov2-g", "--variants", "wide-registers", "--list"]) == 0
+
+    assert "r_reg divides the grid: a smaller number is a wider border" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", [["--list"], ["--dry-run"], []])
+@pytest.mark.parametrize("missing", ["name", "weights"])
+def test_a_backbone_that_is_not_here_ends_the_sweep_before_it_starts(
+    tmp_path, monkeypatch, capsys, mode, missing
+):
+    arguments = sweep_arguments(tmp_path, "--variants", "no-uni", *mode)
+    arguments += ["--set", f"backbone.{missing}=models/gone"]
+    monkeypatch.chdir(tmp_path)
+    runner = FakeRunner()
+
+    code = main(arguments, runner=runner)
+
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert (code, runner.commands) == (2, [])
+    assert "the backbone of recipe paper cannot be found" in shown
+    assert "models/gone" in shown
+    assert "--set backbone.name=PATH" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_backbone_may_be_given_as_to_the_trainer(tmp_path):
+    runner = FakeRunner()
+    arguments = sweep_arguments(tmp_path, "--variants", "full")
+    at = arguments.index("--segmentation")
+    arguments[at - 2 : at] = ["--backbone", str(tmp_path / "model")]
+
+    assert main(arguments, runner=runner) == 0
+
+    assert f'backbone.name="{tmp_path / "model"}"' in runner.commands[0]
+
+
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     runner = FakeRunner()
     more = ("--variants", "no-uni,with-ah,served-width-2", "--seeds", "2", "--dry-run")
@@ -81,6 +118,7 @@ def test_data_sets_may_have_flags_and_stand_twice(tmp_path):
         (["--output", "FILE"], "cannot be made or written"),
         (["--segmentation", "MISSING"], "give one to --segmentation, and flags of python -m"),
         (["--segmentation", "SCENES --json x"], "--json is set by the sweep"),
+        (["--segmentation", "SCENES --seeds 2"], "leave it out, and give --probe-seeds to the"),
         (["--segmentation", "SCENES"], "is given twice"),
         (["--depth", "SCENES"], "SCENES"),
         (["--spurious-images", "EMPTY"], "no images under"),
@@ -135,6 +173,7 @@ def test_help_names_the_variants_and_the_exit_codes(capsys):
     shown = capsys.readouterr().out
     assert all(variant.name in shown for variant in VARIANTS)
     assert "75 stopped" in shown
+    assert "--backbone NAME|PATH" in shown
 
 
 class InProcess:

@@ -150,6 +150,16 @@ def test_silog_forgives_most_of_a_wrong_scale_and_nothing_of_a_wrong_shape():
     assert shape > 10 * scale
 
 
+def test_the_log_has_metres_by_learning_rate(caplog):
+    depths = slopes(4, seed=0)
+
+    with caplog.at_level(logging.INFO):
+        result = probe(telling(depths), depths, telling(depths), depths)
+
+    shown = [f"{rate:g} {rmse:.3f} m" for rate, rmse in result.rmse_by_learning_rate.items()]
+    assert f"RMSE by learning rate: {', '.join(shown)}" in caplog.messages
+
+
 def test_the_best_rate_at_the_edge_of_the_grid_is_said(caplog):
     depths = slopes(4, seed=0)
     grids = telling(depths)

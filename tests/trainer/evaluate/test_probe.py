@@ -136,6 +136,17 @@ def test_the_best_rate_at_the_edge_of_the_grid_is_said(caplog):
     assert "the best learning rate, 0.1, is at the edge of the grid" in caplog.text
 
 
+def test_the_log_has_percent_by_learning_rate(caplog):
+    labels = striped_labels(4, seed=0)
+    grids = telling_grids(labels, seed=2)
+
+    with caplog.at_level(logging.INFO):
+        result = probe(grids, labels, grids, labels)
+
+    shown = [f"{rate:g} {100 * v:.1f} %" for rate, v in result.miou_by_learning_rate.items()]
+    assert f"mIoU by learning rate: {', '.join(shown)}" in caplog.messages
+
+
 def test_every_step_and_every_scored_image_is_told():
     told = []
     labels = striped_labels(3, seed=0)

@@ -1,6 +1,7 @@
 """Results in artifacts: manifest and card."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -76,6 +77,32 @@ def test_the_same_again_takes_its_place_and_others_stand_beside_it(folder):
     assert "10.00" not in card
     assert all(number in card for number in ("20.00", "30.00", "40.00"))
     assert card.endswith("How to.\n")
+
+
+def test_what_is_replaced_is_said_with_what_differs(folder, caplog):
+    caplog.set_level(logging.INFO)
+    first = result_of(folder, 10.0, task="spurious")
+    layers = {"by_layer": [{"layer": 0, "FP": 1.0}]}
+    rows = tuple(row.model_copy(update={"details": layers}) for row in first.rows)
+    first = first.model_copy(
+        update={"settings": {**first.settings, "images": 64}, "rows": rows, "date": "2026-01-02T03"}
+    )
+    fewer = result_of(folder, 20.0, task="spurious")
+    fewer = fewer.model_copy(update={"settings": {**fewer.settings, "images": 5}})
+
+    record(folder, first)
+    assert not caplog.records
+    record(folder, first)
+    record(folder, fewer)
+
+    same, other = caplog.records
+    assert (same.levelname, other.levelname) == ("INFO", "WARNING")
+    assert same.getMessage().endswith("of 64 images of 2026-01-02: the same settings")
+    assert other.getMessage() == (
+        "recorded; replaces the result of 64 images of 2026-01-02: images 64 before, 5 now; its "
+        "table by block is gone"
+    )
+    assert len(load_artifact(folder).manifest.evaluations) == 1
 
 
 def test_what_was_written_by_hand_stays(folder):

@@ -46,6 +46,9 @@ def test_a_refined_backbone_stands_beside_its_raw_one(photographs, models, tmp_p
     shown = capsys.readouterr().out
     assert "| AH (%)" in shown
     assert "| block" in shown
+    footer = shown.splitlines()[-1]
+    assert footer.startswith("2 images used, 0 skipped; intervals: 95 %, bootstrap over images. ")
+    assert "Higher is better: clean, view margin" in footer
     result = read(files[0])
     assert [row.subject for row in result.rows] == ["raw", "refined", "refined minus raw"]
     assert result.dataset == "photographs"
@@ -68,7 +71,7 @@ def test_one_backbone_alone_and_no_attention_unless_asked_for(photographs, capsy
     assert "own" not in shown
 
 
-def test_an_unreadable_image_stops_it_or_is_skipped(photographs, tmp_path, caplog):
+def test_an_unreadable_image_stops_it_or_is_skipped(photographs, tmp_path, caplog, capsys):
     (photographs / "1.png").write_bytes(b"nothing")
     result = tmp_path / "result.json"
 
@@ -81,6 +84,7 @@ def test_an_unreadable_image_stops_it_or_is_skipped(photographs, tmp_path, caplo
     assert "--skip-bad-images" in message
     assert json.loads(result.read_text())["settings"]["images"] == 2
     assert "skipped unreadable image" in caplog.text
+    assert "2 images used, 1 skipped;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from backbone import RegisterBorder, open_model, save_artifact
+from backbone import Backbone, RegisterBorder, open_model, save_artifact
 from service.app import create_app
 from service.settings import Settings
 from tests.support import ROOT, tiny_artifact, tiny_backbone
+from tests.trainer.refining import model_folder
 from trainer.evaluate.errors import SubjectError
 from trainer.evaluate.served import ServedSubject, ServiceConnection
 from trainer.evaluate.subjects import LocalSubject, open_subjects
@@ -92,6 +93,45 @@ def test_another_raw_backbone_than_the_one_refined_is_warned_of(tmp_path, caplog
     open_subjects(str(artifact), **HERE)
 
     assert "has other weights" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_of_raw_backbones_of_one_name_the_one_that_was_refined_counts(
+    tmp_path, monkeypatch, caplog, precision
+):
+    known = Backbone.load(model_folder(tmp_path / "project" / "raw")).origin
+    model_folder(tmp_path / "elsewhere" / "raw", seed=3)
+    artifact = refined_from(tmp_path / "project" / "runs", "raw")
+    manifest = json.loads((artifact / "refinery.json").read_text())
+    manifest["origin"] = known.model_dump()
+    (artifact / "refinery.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    raw, _ = open_subjects(str(artifact), device="cpu", precision=precision)
+
+    # In another precision than the manifest's nobody knows: the current folder is first.
+    expected = str(tmp_path / "project" / "raw") if precision == "fp32" else "raw"
+    assert raw.spec == expected
+    assert caplog.text == ""
+
+
+def test_a_raw_backbone_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    artifact = refined_from(tmp_path / "copies", "models/raw")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    with pytest.raises(SubjectError) as raised:
+        open_subjects(str(artifact), **HERE)
+
+    looked = f"from {tmp_path / 'here'}, then from {tmp_path / 'copies'} and every folder above it"
+    assert looked in str(raised.value)
+
+
+@pytest.mark.parametrize("baseline", [None, str(RAW)])
+def test_a_baseline_is_meant_to_be_raw_and_no_warning_says_so(caplog, baseline):
+    open_subjects(str(DEMO), baseline, **HERE)
+
+    assert "is not an artifact" not in caplog.text
 
 
 def test_the_key_holds_all_that_decides_the_features(tmp_path):

@@ -113,6 +113,8 @@ def test_every_part_that_was_given_is_shown(whole):
     assert "register border of 1" in page.text
     assert "Its card ." in page.text
     assert "skipped why" in page.text
+    assert "The headline counts spurious tokens (FP or GP)" in page.text
+    assert "Of the 1 shown here only" in page.text
 
 
 def test_values_are_those_of_the_results(whole):

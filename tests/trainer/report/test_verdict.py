@@ -5,7 +5,7 @@ import pytest
 from tests.trainer.report.page_parts import segmentation_result
 from trainer.evaluate.results import Row, new_result, score
 from trainer.report.measure import Measured
-from trainer.report.verdict import find, sentence
+from trainer.report.verdict import find, leading, sentence, summary
 
 NOTHING = Measured((), None, (), has_attention=False)
 
@@ -44,7 +44,7 @@ def test_an_interval_decides_and_one_value_does_not(raw, refined, outcome):
 def test_fewer_spurious_tokens_are_better():
     found = {one.title: one for one in find(NOTHING, [spurious([40, 41, 42], [20, 21, 22.5])])}
 
-    assert list(found) == [
+    assert [title for title, one in found.items() if one.leads] == [
         "spurious tokens (FP or GP)",
         "spurious tokens by each one's own patterns (FP or GP)",
         "view margin (shift)",
@@ -70,8 +70,13 @@ def test_images_are_not_called_seeds_and_several_data_sets_have_one_number():
         seconds=1,
     )
 
-    (found,) = find(NOTHING, [result])
+    *others, found = find(NOTHING, [result])
 
+    assert [(one.title, one.leads) for one in others] == [
+        ("mIoU on voc21", False),
+        ("mIoU on ade20k", False),
+    ]
+    assert leading([*others, found]) == [found]
     assert found.title == "mean mIoU on voc21, ade20k"
     assert (found.raw, found.refined, found.source) == (15.5, 20.5, "2 images")
     (probe,) = find(NOTHING, [segmentation_result([1, 2, 3], [4, 5, 6])])
@@ -99,9 +104,44 @@ def test_the_sentence_names_what_is_worse():
     )
 
 
+def test_what_is_clearly_worse_is_named_also_where_the_headline_does_not_count_it():
+    def row(name, share, own, view):
+        scores = [
+            score("FP or GP", share, better="lower", unit="percent"),
+            score("own FP", own, better="lower", unit="percent"),
+            score("view margin (shift)", view, better="higher", unit="ratio"),
+        ]
+        return Row(subject=name, scores=tuple(scores))
+
+    def result(own):
+        rows = (
+            row("raw", [40, 41, 42], [10, 11, 12], [0.5, 0.6, 0.7]),
+            row("refined", [20, 21, 22.5], own, [0.6, 0.7, 0.81]),
+        )
+        return new_result(
+            task="spurious",
+            dataset="photos",
+            protocol="",
+            settings={"size": [64, 64]},
+            rows=rows,
+            seconds=1,
+        )
+
+    headline, worse, counted = summary(find(NOTHING, [result([20, 21, 22.3])]))
+
+    assert "worse" not in headline
+    assert worse == "Clearly worse: own FP +10.10 [+9.67, +10.53] %."
+    assert counted == "The headline counts spurious tokens (FP or GP) and view margin (shift)."
+    _, none, _ = summary(find(NOTHING, [result([5, 11, 20])]))
+    assert none == "Clearly worse: none of all 3 scores."
+    _, two, _ = summary(find(NOTHING, [result([20, 21, 22.3]), result([5, 11, 20])]))
+    assert "own FP (3 images at 64 x 64 px) +10.10" in two
+
+
 def test_a_result_of_one_backbone_decides_nothing():
     result = segmentation_result([1, 2], [3, 4])
     lone = result.model_copy(update={"rows": result.rows[1:2]})
 
     assert find(NOTHING, [lone]) == []
     assert sentence([]) == ""
+    assert summary([]) == []

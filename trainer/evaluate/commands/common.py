@@ -121,7 +121,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--record",
         action="store_true",
-        help="write it into the artifact --model: its refinery.json and README.md",
+        help="write it into the artifact --model: its refinery.json and README.md; it replaces "
+        "what is recorded there of the same task, data set and size, also if that was measured "
+        "with other settings, and a log line says what it replaced",
     )
 
 

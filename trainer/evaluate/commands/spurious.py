@@ -14,7 +14,7 @@ from trainer.evaluate.norms import DEVIATIONS
 from trainer.evaluate.pictures import Pictures, check_square_size, read_pictures
 from trainer.evaluate.progress import Progress, stderr_console
 from trainer.evaluate.record import record, result_section, write_text
-from trainer.evaluate.results import write
+from trainer.evaluate.results import Result, write
 from trainer.evaluate.subjects import LocalSubject, Subject, add_subject_arguments, subjects_of
 from trainer.evaluate.unlabelled import SpuriousSettings, evaluate_spurious
 from trainer.reference_image import SHIPPED
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     common.check_output(arguments)
     subjects = subjects_of(arguments)
-    pictures = _read(arguments, subjects[-1])
+    bad = BadImages(skip=arguments.skip_bad_images)
+    pictures = _read(arguments, subjects[-1], bad)
     result = evaluate_spurious(
         subjects,
         pictures,
@@ -82,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         register_width=arguments.register_width,
         progress=Progress(stderr_console()),
     )
-    sys.stdout.write("\n".join(filter(None, (score_table(result), layer_table(result)))))
+    parts = score_table(result), layer_table(result), _footer(result, pictures, bad)
+    sys.stdout.write("\n".join(filter(None, parts)))
     write(result, arguments.json)
     if arguments.markdown is not None:
         write_text(arguments.markdown, result_section(result))
@@ -91,10 +93,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(arguments: argparse.Namespace, subject: Subject) -> Pictures:
+def _footer(result: Result, pictures: Pictures, bad: BadImages) -> str:
+    """What the table is of, and how to read it."""
+    num = len(pictures.images_BSS)
+    higher = [score.name for score in result.rows[0].scores if score.better == "higher"]
+    intervals = "; intervals: 95 %, bootstrap over images" if num > 1 else ""
+    return (
+        f"{num} image{'s' * (num > 1)} used, {len(bad.paths)} skipped{intervals}. "
+        f"Higher is better: {', '.join(higher)}; lower: all others.\n"
+    )
+
+
+def _read(arguments: argparse.Namespace, subject: Subject, bad: BadImages) -> Pictures:
     size = arguments.size or min(subject.native_size)
     check_square_size(size, subject.patch_size, subject.name)
-    recipe, bad = Recipe(), BadImages(skip=arguments.skip_bad_images)
+    recipe = Recipe()
     source = find_images(arguments.images, seed=arguments.seed, max_images=arguments.num_images)
     try:
         reference_3SS = square_image(arguments.reference, size=size, section=recipe.data)
