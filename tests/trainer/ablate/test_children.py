@@ -10,6 +10,26 @@ from trainer.ablate.children import Children, reason_of
 from trainer.ablate.sweep import only_one
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """What starts the tests may ignore some, as nohup and a shell's background jobs do."""
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in kinds}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with Children() as children:
+        os.kill(os.getpid(), signal.SIGHUP)
+        ended = children.run([sys.executable, "-S", "-c", ""], tmp_path / "log")
+
+    assert (ended, children.signum) == (0, None)
+
+
 def test_a_child_keeps_the_folder_when_the_sweep_is_gone(tmp_path):
     with only_one(tmp_path / "out") as lock:
         code = "import fcntl, sys; fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -28,7 +48,8 @@ seen = []
 for one in (signal.SIGTERM, signal.SIGINT):
     signal.signal(one, lambda number, frame: seen.append(number))
 os.kill(os.getppid(), int(sys.argv[1]))
-while not seen:
+end = time.monotonic() + 60
+while not seen and time.monotonic() < end:
     time.sleep(0.01)
 time.sleep(0.1)
 print(seen, flush=True)
