@@ -1,5 +1,6 @@
 """What the README shows is run."""
 
+import json
 import os
 import re
 import shlex
@@ -153,3 +154,41 @@ def test_files_that_are_linked_exist():
     assert local
     for link in local:
         assert (ROOT / link).exists(), link
+
+
+MEASURED = {
+    "CamVid, mIoU (%)": ("camvid", "mIoU"),
+    "CamVid, pixel accuracy (%)": ("camvid", "pixel accuracy"),
+    "VOC subset, mIoU (%)": ("voc2012_subset", "mIoU"),
+    "7-Scenes, RMSE (m, lower is better)": ("7scenes_redkitchen", "RMSE"),
+    "tokens with spurious patterns (%, lower is better)": ("photographs", "FP or GP"),
+    "tokens found again in a shifted view (%)": ("photographs", "view retrieval (shift)"),
+    "tokens found again in a zoomed view (%)": ("photographs", "view retrieval (zoom)"),
+}
+
+
+def recorded(dataset, name):
+    """Raw's and refined's mean and the difference's mean and interval, from the artifact."""
+    manifest = json.loads((ROOT / "models" / "demo" / "refinery.json").read_text())
+    (result,) = [one for one in manifest["evaluations"] if one["dataset"] == dataset]
+    rows = {row["subject"]: row["scores"] for row in result["rows"]}
+
+    def interval(subject):
+        return next(one["interval"] for one in rows[subject] if one["name"] == name)
+
+    change = interval("refined minus raw")
+    means = [interval("raw")["mean"], interval("refined")["mean"]]
+    return [*means, change["mean"], change["low"], change["high"]]
+
+
+@pytest.mark.parametrize(("label", "dataset", "name"), [(k, *v) for k, v in MEASURED.items()])
+def test_numbers_of_the_model_that_ships_are_those_it_carries(label, dataset, name):
+    numbers = recorded(dataset, name)
+
+    row = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", README, re.MULTILINE)
+    shown = re.findall(r"[-+]?\d+\.\d+", row.group(1))
+    for text, number in zip(shown, numbers, strict=True):
+        digits = len(text.partition(".")[2])
+        assert float(text) == pytest.approx(number, abs=0.51 * 10**-digits)
+    change = "{} [{}, {}]".format(*re.findall(r"[-+]\d+\.\d+", row.group(1)))
+    assert change in (ROOT / "docs" / "results.md").read_text()
