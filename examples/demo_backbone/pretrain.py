@@ -151,6 +151,7 @@ class Trainer:
         if arguments.start is not None and (arguments.start / "checkpoint.pt").is_file():
             state = torch.load(arguments.start / "checkpoint.pt", weights_only=True)
             self.objective.load_state_dict(state["objective"])
+            logger.info("the losses' heads continue from %s", arguments.start / "checkpoint.pt")
         self.optimizer = build_optimizer([self.encoder, self.objective])
         self.border_share: float = arguments.border_share
         self.step = 0
@@ -283,7 +284,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--start",
         type=Path,
-        help="folder of an earlier run to start from, with larger views",
+        help="folder of an earlier run to start from, with larger views; the losses' heads too, "
+        "where its checkpoint.pt is there",
     )
     parser.add_argument(
         "--border-share",
