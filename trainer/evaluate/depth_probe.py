@@ -31,15 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.evaluate.heads import Heads, train_heads, warn_of_edge
+from trainer.evaluate.heads import Heads, fit_heads, warn_of_edge
 from trainer.evaluate.metrics import DepthMetric, DepthScores
 from trainer.evaluate.points import (
     Normalization,
     NormalizationKind,
-    PointBatches,
     Points,
     ProbeError,
-    check_part,
+    check_parts,
     draw_points,
     features_at,
     held,
@@ -148,39 +147,19 @@ def depth_probe(
     device = torch.device(device)
     metric = DepthMetric(min_depth, max_depth)
     train_grids, val_grids = held(train_grids, device), held(val_grids, device)
-    num_channels = check_part(train_grids, train_depths, "train")
-    val_channels = check_part(val_grids, val_depths, "val")
-    if num_channels != val_channels:
-        raise ProbeError(
-            f"train features have {num_channels} channels, val features {val_channels}"
-        )
+    check_parts(train_grids, train_depths, val_grids, val_depths)
     generator = torch.Generator().manual_seed(settings.seed)
     points = _points(train_depths, metric, None, "train", generator, DRAWN_PER_IMAGE)
     val_points = _points(val_depths, metric, eval_mask, "val", generator, CHOOSING_PER_IMAGE)
-    normalize = Normalization.fit(train_grids, settings.normalization).to(device)
-    heads = Heads(
-        len(settings.learning_rates),
-        num_channels,
+    bins_K = bin_depths(min_depth, max_depth, settings.num_bins, settings.bins).to(device)
+    normalize, heads = fit_heads(
+        train_grids,
+        points,
         settings.num_bins,
+        lambda outputs_PRK, truth_P: silog(expected_depth(outputs_PRK, bins_K), truth_P).sum(),
+        settings,
         generator=generator,
         device=device,
-    )
-    bins_K = bin_depths(min_depth, max_depth, settings.num_bins, settings.bins).to(device)
-    train_heads(
-        heads,
-        PointBatches(
-            train_grids,
-            points,
-            batch_size=settings.batch_size,
-            points_per_image=settings.points_per_image,
-            generator=generator,
-            device=device,
-        ),
-        normalize,
-        lambda outputs_PRK, truth_P: silog(expected_depth(outputs_PRK, bins_K), truth_P).sum(),
-        learning_rates=settings.learning_rates,
-        num_steps=settings.num_steps,
-        weight_decay=settings.weight_decay,
         advance=advance,
     )
     coarse = _rmse_at_points(heads, normalize, bins_K, val_grids, val_points, metric)

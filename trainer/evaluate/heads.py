@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.evaluate.points import PointBatches, ProbeError
+from trainer.evaluate.points import (
+    Normalization,
+    NormalizationKind,
+    PointBatches,
+    Points,
+    ProbeError,
+)
 from trainer.evaluate.progress import Advance
 
 logger = logging.getLogger(__name__)
@@ -22,6 +29,23 @@ INITIAL_STD = 0.01
 
 # Outputs [P, R, K] and targets [P] to the loss: a sum over heads of each head's mean.
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class HeadSettings(Protocol):
+    """What the settings of every probe say of its heads."""
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def points_per_image(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def normalization(self) -> NormalizationKind: ...
 
 
 class Heads:
@@ -96,6 +120,51 @@ def train_heads(
         schedule.step()
         if advance is not None:
             advance(1)
+
+
+def fit_heads(
+    grids: Sequence[Tensor],
+    points: Sequence[Points],
+    num_outputs: int,
+    loss: Loss,
+    settings: HeadSettings,
+    *,
+    generator: torch.Generator,
+    device: torch.device,
+    advance: Advance | None = None,
+) -> tuple[Normalization, Heads]:
+    """A normalisation of the training part's features, and heads trained at its points.
+
+    Raises:
+        ProbeError: See `train_heads`.
+    """
+    normalize = Normalization.fit(grids, settings.normalization).to(device)
+    heads = Heads(
+        len(settings.learning_rates),
+        grids[0].shape[-1],
+        num_outputs,
+        generator=generator,
+        device=device,
+    )
+    batches = PointBatches(
+        grids,
+        points,
+        batch_size=settings.batch_size,
+        points_per_image=settings.points_per_image,
+        generator=generator,
+        device=device,
+    )
+    train_heads(
+        heads,
+        batches,
+        normalize,
+        loss,
+        learning_rates=settings.learning_rates,
+        num_steps=settings.num_steps,
+        weight_decay=settings.weight_decay,
+        advance=advance,
+    )
+    return normalize, heads
 
 
 def warn_of_edge(what: str, best: float, learning_rates: Sequence[float]) -> bool:

@@ -58,6 +58,24 @@ def check_part(grids: Sequence[Tensor], targets: Sequence[Tensor], part: str) ->
     return num_channels
 
 
+def check_parts(
+    train_grids: Sequence[Tensor],
+    train_targets: Sequence[Tensor],
+    val_grids: Sequence[Tensor],
+    val_targets: Sequence[Tensor],
+) -> None:
+    """
+    Raises:
+        ProbeError: See `check_part`; or the parts have other channels.
+    """
+    train_channels = check_part(train_grids, train_targets, "train")
+    val_channels = check_part(val_grids, val_targets, "val")
+    if train_channels != val_channels:
+        raise ProbeError(
+            f"train features have {train_channels} channels, val features {val_channels}"
+        )
+
+
 def held(tensors: Sequence[Tensor], device: torch.device | str) -> Sequence[Tensor]:
     """The tensors in memory, if they fit: what is read from disk is read in every step else."""
     if len(tensors) and tensors[0].nbytes * len(tensors) > MAX_HELD_BYTES:

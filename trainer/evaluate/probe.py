@@ -27,15 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.evaluate.datasets import IGNORE
-from trainer.evaluate.heads import Heads, train_heads, warn_of_edge
+from trainer.evaluate.heads import Heads, fit_heads, warn_of_edge
 from trainer.evaluate.metrics import SegmentationMetric, SegmentationScores
 from trainer.evaluate.points import (
     Normalization,
     NormalizationKind,
-    PointBatches,
     Points,
     ProbeError,
-    check_part,
+    check_parts,
     draw_points,
     features_at,
     held,
@@ -122,35 +121,18 @@ def segmentation_probe(
     settings = settings or ProbeSettings()
     device = torch.device(device)
     train_grids, val_grids = held(train_grids, device), held(val_grids, device)
-    num_channels = check_part(train_grids, train_labels, "train")
-    val_channels = check_part(val_grids, val_labels, "val")
-    if num_channels != val_channels:
-        raise ProbeError(
-            f"train features have {num_channels} channels, val features {val_channels}"
-        )
+    check_parts(train_grids, train_labels, val_grids, val_labels)
     generator = torch.Generator().manual_seed(settings.seed)
     points = _points(train_labels, num_classes, "train", generator)
     val_points = _points(val_labels, num_classes, "val", generator)
-    normalize = Normalization.fit(train_grids, settings.normalization).to(device)
-    heads = Heads(
-        len(settings.learning_rates), num_channels, num_classes, generator=generator, device=device
-    )
-    batches = PointBatches(
+    normalize, heads = fit_heads(
         train_grids,
         points,
-        batch_size=settings.batch_size,
-        points_per_image=settings.points_per_image,
+        num_classes,
+        _cross_entropy,
+        settings,
         generator=generator,
         device=device,
-    )
-    train_heads(
-        heads,
-        batches,
-        normalize,
-        _cross_entropy,
-        learning_rates=settings.learning_rates,
-        num_steps=settings.num_steps,
-        weight_decay=settings.weight_decay,
         advance=advance,
     )
     coarse = _miou_at_points(heads, normalize, val_grids, val_points, device)
