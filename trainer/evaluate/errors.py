@@ -1,5 +1,7 @@
 """Errors of evaluations that a user can act on."""
 
+from pydantic import ValidationError
+
 from trainer.errors import TrainerError
 
 
@@ -13,3 +15,10 @@ class SubjectError(EvaluationError):
 
 class StoreError(EvaluationError):
     """Features that cannot be computed, written or read."""
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where a file is not what it should be, and why: "rows.0.spec: Field required"."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{where}: {first['msg']}"

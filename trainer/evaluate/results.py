@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from trainer.evaluate.errors import EvaluationError
+from trainer.evaluate.errors import EvaluationError, first_fault
 from trainer.evaluate.files import replace_file
 from trainer.evaluate.intervals import Interval, over_seeds
 
@@ -183,10 +183,8 @@ def read(path: Path) -> Result:
             "python -m trainer.evaluate wrote with --json"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise EvaluationError(
-            f"{path} is not the result of an evaluation ({where}: {first['msg']}); give a file "
+            f"{path} is not the result of an evaluation ({first_fault(error)}); give a file "
             "that python -m trainer.evaluate wrote with --json"
         ) from error
 

@@ -12,6 +12,7 @@ from trainer.ablate.table import Table
 from trainer.adapter_file import CARD_FILE
 from trainer.errors import DataError
 from trainer.evaluate import results
+from trainer.evaluate.errors import first_fault
 from trainer.evaluate.record import END, START, recorded
 from trainer.evaluate.results import Result
 from trainer.record import METRICS_FILE, read_metrics
@@ -94,10 +95,8 @@ def read_table(path: Path) -> Table:
             "trainer.ablate wrote"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(
-            f"{path} is not a sweep's table ({where}: {first['msg']}); give the table.json that "
+            f"{path} is not a sweep's table ({first_fault(error)}); give the table.json that "
             "python -m trainer.ablate wrote"
         ) from error
 
